@@ -1,0 +1,1 @@
+"""sigil_policy: composable ASGI policies that run in one pass."""

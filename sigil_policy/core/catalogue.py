@@ -1,0 +1,86 @@
+"""The problem types that the library itself answers with: one code for each cause."""
+
+from functools import cache
+from http import HTTPStatus
+
+from sigil_policy.core.problems import ProblemType, library_type
+
+CREDENTIALS_MISSING = library_type(
+    "AUTH_001", "AuthenticationRequiredError", 401,
+    "Send a valid credential with the request",
+)  # fmt: skip
+TOKEN_INVALID = library_type(
+    "AUTH_002", "InvalidTokenError", 401,
+    "Obtain a new access token", "Check that the token was issued for this API",
+)  # fmt: skip
+CREDENTIALS_MALFORMED = library_type(
+    "AUTH_003", "MalformedCredentialsError", 400,
+    "Send one Authorization header of the form 'Bearer <token>'",
+)  # fmt: skip
+SCOPE_INSUFFICIENT = library_type(
+    "AUTH_004", "InsufficientScopeError", 403,
+    "Request a credential with the scopes named in required_scopes",
+)  # fmt: skip
+KEY_INVALID = library_type(
+    "AUTH_005", "InvalidApiKeyError", 401,
+    "Check the API key, or have a new one issued",
+)  # fmt: skip
+CREDENTIALS_CONFLICTING = library_type(
+    "AUTH_006", "ConflictingCredentialsError", 400,
+    "Send either a bearer token or an API key, not both",
+)  # fmt: skip
+CREDENTIALS_IN_QUERY = library_type(
+    "AUTH_007", "CredentialsInQueryError", 400,
+    "Send the credential in a header; query strings end up in logs", "Treat the exposed credential as leaked",
+)  # fmt: skip
+RATE_EXCEEDED = library_type(
+    "RATE_001", "RateLimitExceededError", 429,
+    "Wait for the number of seconds in Retry-After", "Spread requests evenly, or ask for a higher tier",
+)  # fmt: skip
+BUDGET_EXCEEDED = library_type(
+    "CTX_003", "TokenBudgetExceededError", 429,
+    "Wait for the number of seconds in Retry-After", "Ask for fewer tokens, or for a higher tier",
+)  # fmt: skip
+BUDGET_TOO_SMALL = library_type(
+    "CTX_004", "TokenEstimateTooLargeError", 422,
+    "Ask for fewer tokens: this request can never fit into the budget of its tier", "Ask for a higher tier",
+)  # fmt: skip
+VALIDATION_FAILED = library_type(
+    "REQ_001", "RequestValidationError", 400,
+    "Check field validation requirements", "Refer to API documentation for valid values",
+)  # fmt: skip
+SEMANTICS_FAILED = library_type(
+    "REQ_002", "RequestSemanticsError", 422,
+    "Check field validation requirements", "Refer to API documentation for valid values",
+)  # fmt: skip
+VERSION_RETIRED = library_type(
+    "API_001", "VersionRetiredError", 410,
+    "Use the successor version named in the Link header",
+)  # fmt: skip
+
+_HTTP_HINTS = {
+    400: ("Check the syntax of the request",),
+    401: ("Send a valid credential with the request",),
+    403: ("Ask the owner of the resource for access",),
+    404: ("Check the path and the identifier",),
+    405: ("Use one of the methods in the Allow header",),
+    409: ("Read the current state of the resource, then try again",),
+    413: ("Send a smaller request body",),
+    415: ("Send the body in a media type that this resource accepts",),
+    429: ("Wait before you try again",),
+    500: ("Try again later", "Give the request_id when you report this error"),
+    503: ("Try again later",),
+}
+
+
+# Statuses are at most 200, and the application chooses them: the cache is bounded by its nature.
+@cache
+def http_problem(status: int) -> ProblemType:
+    """The type for a plain HTTP error of the application: `REQ_404`, `SRV_500`; the title is the status phrase."""
+    try:
+        title = HTTPStatus(status).phrase
+    except ValueError:
+        title = "Client Error" if status < 500 else "Server Error"
+    # The registered phrases changed in RFC 9110; Python 3.11 still has the older two.
+    title = {413: "Content Too Large", 422: "Unprocessable Content"}.get(status, title)
+    return library_type(f"{'REQ' if status < 500 else 'SRV'}_{status}", title, status, *_HTTP_HINTS.get(status, ()))

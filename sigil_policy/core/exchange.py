@@ -1,0 +1,315 @@
+"""One request and its response, or one WebSocket, as the policies of a stack see it."""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from starlette.authentication import AuthCredentials, UnauthenticatedUser
+
+from sigil_policy.core.clock import Clock
+from sigil_policy.core.facts import Principal, TokenUsage
+
+if TYPE_CHECKING:
+    from sigil_policy.core.host import Host
+    from sigil_policy.core.problems import ProblemStyle
+
+SCOPE_KEY = "sigil_policy"
+
+Fact = TypeVar("Fact")
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Outcome = Literal["ok", "refused", "error", "timeout", "cancelled", "disconnected"]
+
+_ANYONE = UnauthenticatedUser()
+_NO_CREDENTIALS = AuthCredentials()
+_NO_RULES: dict[int, Any] = {}
+_CURRENT: ContextVar["Exchange | None"] = ContextVar("sigil_policy.exchange", default=None)
+
+
+class _AllScopes(frozenset[str]):
+    """Every scope is in it: what `admin` holds."""
+
+    __slots__ = ()
+
+    def __contains__(self, scope: object) -> bool:
+        return True
+
+
+class MissingFactError(KeyError):
+    """A fact was asked for that no policy of this exchange has given."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class BodyTooLargeError(ValueError):
+    """`Exchange.body(limit)` met a request body over its limit."""
+
+
+class Head:
+    """Status and headers of a response on their way out; a hook reads and changes them in place.
+
+    Names are lower-case bytes. `headers` is a plain list of pairs: appending a pre-encoded pair is the fast way to add
+    a header. `get` returns the first value; `replace` leaves exactly one.
+
+        def on_response(self, ex, head):
+            if head.get(b"cache-control") is None:
+                head.headers.append((b"cache-control", b"no-store"))
+    """
+
+    __slots__ = ("headers", "status")
+
+    def __init__(self, status: int, headers: Iterable[Iterable[bytes]]) -> None:
+        self.status = status
+        # Servers hand names on as they are; Django sends `Content-Type`. HTTP compares names without case.
+        self.headers: list[tuple[bytes, bytes]] = [
+            (name if name.islower() else name.lower(), value) for name, value in headers
+        ]
+
+    def get(self, name: bytes) -> bytes | None:
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def get_all(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.headers if key == name]
+
+    def remove(self, *names: bytes) -> None:
+        self.headers[:] = [pair for pair in self.headers if pair[0] not in names]
+
+    def replace(self, name: bytes, value: bytes) -> None:
+        self.headers[:] = [pair for pair in self.headers if pair[0] != name]
+        self.headers.append((name, value))
+
+    def __repr__(self) -> str:
+        return f"Head({self.status}, {[name.decode('latin-1') for name, _ in self.headers]})"
+
+
+class Exchange:
+    """What is known of one exchange. Made by the outermost stack, shared by the stacks inside it.
+
+    Read-only for policies: `kind` (`"http"` or `"websocket"`), `method` (`"WEBSOCKET"` for a WebSocket), `path`
+    (decoded, as the outermost stack saw it), `query` (raw bytes), `headers`, `repeated`, `client`, `clock`, `started`
+    (seconds since the epoch), and once known `status`, `sent_bytes`, `first_byte`, `last_byte`, `error`, `outcome`,
+    `refused_by`.
+    """
+
+    # Defaults live on the class: an exchange pays only for what happens to it.
+    status: int | None = None
+    sent_bytes: int = 0
+    first_byte: float | None = None
+    last_byte: float | None = None
+    done: bool = False
+    gone: bool = False
+    finished: bool = False
+    error: BaseException | None = None
+    refused_by: str | None = None
+    principal: Principal | None = None
+    repeated: Mapping[bytes, tuple[bytes, ...]] = {}
+    _rules: Mapping[int, Any] = _NO_RULES
+    _replay: Message | None = None
+    _given: frozenset[type] = frozenset()
+
+    def __init__(self, scope: Message, receive: Receive, clock: Clock, host: "Host", style: "ProblemStyle") -> None:
+        self._scope = scope
+        self._outer_scope = scope
+        self._receive = receive
+        self._facts: dict[type, Any] = {}
+        self._notes: dict[int, Any] = {}
+        self.clock = clock
+        self.host = host
+        self.style = style
+        self.started = clock.time()
+        self.started_monotonic = clock.monotonic()
+        self.kind: str = scope["type"]
+        self.method: str = scope["method"] if self.kind == "http" else "WEBSOCKET"
+        self.path: str = scope["path"]
+        self.query: bytes = scope.get("query_string") or b""
+        pairs: Any = scope.get("headers") or ()
+        if type(pairs) is not list:
+            pairs = list(pairs)
+        try:
+            headers: dict[bytes, bytes] = dict(pairs)
+            plain = len(headers) == len(pairs) and b"-".join(headers).islower()
+        except (TypeError, ValueError):
+            plain = False
+        self.headers: dict[bytes, bytes] = headers if plain else self._gather(pairs)
+
+    def _gather(self, pairs: Iterable[Iterable[bytes]]) -> dict[bytes, bytes]:
+        lines: dict[bytes, list[bytes]] = {}
+        for name, value in pairs:
+            lines.setdefault(bytes(name).lower(), []).append(bytes(value))
+        self.repeated = {name: tuple(values) for name, values in lines.items() if len(values) > 1}
+        return {
+            name: values[0] if len(values) == 1 else (b"; " if name == b"cookie" else b", ").join(values)
+            for name, values in lines.items()
+        }
+
+    # --- facts and notes -------------------------------------------------------------------------------------------
+
+    def __getitem__(self, kind: type[Fact]) -> Fact:
+        try:
+            return cast("Fact", self._facts[kind])
+        except KeyError:
+            raise MissingFactError(
+                f"no policy has given a {kind.__name__} to this exchange; "
+                f"mount a policy that gives {kind.__name__} outside, or ask with ex.get({kind.__name__})"
+            ) from None
+
+    def get(self, kind: type[Fact]) -> Fact | None:
+        return self._facts.get(kind)
+
+    def __contains__(self, kind: type) -> bool:
+        return kind in self._facts
+
+    def give(self, fact: object) -> None:
+        """Make `fact` known to every policy and to the application; the newest of a type holds."""
+        self._facts[type(fact)] = fact
+
+    def note(self, policy: object) -> Any:
+        """What `policy` itself kept with `keep`, or None. Two equal policies never share a note."""
+        return self._notes.get(id(policy))
+
+    def keep(self, policy: object, note: Any) -> None:
+        self._notes[id(policy)] = note
+
+    def rule(self, policy: object) -> Any:
+        """The setting of the most specific route rule of `policy` that covers this exchange, or None."""
+        return self._rules.get(id(policy))
+
+    # --- who calls -------------------------------------------------------------------------------------------------
+
+    @property
+    def client(self) -> str | None:
+        """The peer's address as the server saw it (None on a unix socket). Never taken from a header."""
+        client = self._outer_scope.get("client")
+        return client[0] if client else None
+
+    def authenticate(self, principal: Principal) -> None:
+        """Make `principal` the caller: the fact, `request.user` and `request.auth`."""
+        self._facts[Principal] = principal
+        self.principal = principal
+        self._scope["user"] = principal
+        self._scope["auth"] = principal.credentials
+
+    def anonymous(self) -> None:
+        """Nobody has said who they are; `request.user` and `request.auth` say so too."""
+        if "auth" not in self._scope:
+            self._scope["user"] = _ANYONE
+            self._scope["auth"] = _NO_CREDENTIALS
+
+    def grant_all(self) -> None:
+        """`request.auth.scopes` holds every scope from here on: what a superscope means."""
+        credentials = AuthCredentials()
+        credentials.scopes = _AllScopes(self.principal.scopes if self.principal else ())  # type: ignore[assignment]
+        self._scope["auth"] = credentials
+
+    # --- the request body ------------------------------------------------------------------------------------------
+
+    async def body(self, limit: int) -> bytes:
+        """The whole request body; the application still receives it.
+
+        Nothing reads the body unless a policy asks. Raises `BodyTooLargeError` as soon as more than `limit` bytes
+        have come (what was read is still replayed), and `ConnectionError` if the client left first.
+        """
+        length = self.headers.get(b"content-length", b"")
+        if length.isdigit() and len(length) < 20 and int(length) > limit and self._replay is None:
+            raise BodyTooLargeError(f"the request body is over {limit} bytes")
+        parts: list[bytes] = []
+        size = 0
+        more = True
+        replay = self._replay
+        if replay is not None and replay["type"] == "http.request":
+            parts.append(replay["body"])
+            size, more = len(parts[0]), replay["more_body"]
+        while more and size <= limit:
+            message = replay if replay is not None and replay["type"] != "http.request" else await self._receive()
+            if message["type"] != "http.request":
+                self._replay = message
+                self.gone = self.gone or not self.done
+                raise ConnectionError("the client left before the request body was complete")
+            part = message.get("body", b"")
+            size += len(part)
+            parts.append(part)
+            more = message.get("more_body", False)
+        body = b"".join(parts)
+        self._replay = {"type": "http.request", "body": body, "more_body": more}
+        if size > limit:
+            raise BodyTooLargeError(f"the request body is over {limit} bytes")
+        return body
+
+    @property
+    def route(self) -> str | None:
+        """The template of the route that served this exchange (`/v7/agents/{name}`), once the framework has said it."""
+        return self.host.route(self._outer_scope)
+
+    @property
+    def debug(self) -> bool:
+        """Whether the application asked for its own debug pages."""
+        return self.host.debug(self._outer_scope)
+
+    @property
+    def scope(self) -> Message:
+        """The ASGI scope, for what knows a framework. A policy reads the exchange instead, and writes neither."""
+        return self._outer_scope
+
+    # --- how it ended ----------------------------------------------------------------------------------------------
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the exchange ended, as far as is known now.
+
+        `disconnected` needs a sign: an `http.disconnect` that somebody received or a `send` that raised. A server that
+        sends silently to a client that has left makes that exchange end `ok`.
+        """
+        if self.gone:
+            return "disconnected"
+        error = self.error
+        if error is not None:
+            if isinstance(error, TimeoutError):
+                return "timeout"
+            return "error" if isinstance(error, Exception) else "cancelled"
+        return "ok" if self.refused_by is None else "refused"
+
+
+def current_exchange() -> Exchange | None:
+    """The exchange that the running code serves, or None outside of one. Works in sync endpoints and in tasks too."""
+    return _CURRENT.get()
+
+
+def get_exchange(source: Any) -> Exchange:
+    """The exchange of a Starlette/FastAPI `Request` or `WebSocket`, or of an ASGI scope.
+
+        @app.get("/v7/whoami")
+        async def whoami(request: Request) -> dict[str, str]:
+            return {"subject": get_exchange(request)[Principal].subject}
+
+    Raises `LookupError` when no `PolicyStack` is mounted around the application.
+    """
+    scope = source if isinstance(source, dict) else source.scope
+    exchange = scope.get(SCOPE_KEY)
+    if not isinstance(exchange, Exchange):
+        raise LookupError(
+            "this request did not pass a PolicyStack; mount one with app.add_middleware(PolicyStack, ...)"
+        )
+    return exchange
+
+
+def report_tokens(
+    source: Any, *, input_tokens: int = 0, output_tokens: int = 0, total_tokens: int | None = None
+) -> TokenUsage:
+    """Add language-model tokens to what this exchange has used; call it as often as there is news.
+
+        report_tokens(request, input_tokens=120, output_tokens=48)
+
+    `total_tokens` defaults to input plus output. Returns the sum so far. Raises `ValueError` for a negative number.
+    """
+    total = input_tokens + output_tokens if total_tokens is None else total_tokens
+    if min(input_tokens, output_tokens, total) < 0:
+        raise ValueError("token counts cannot be negative; report only what was used since the last report")
+    exchange = get_exchange(source)
+    so_far = exchange.get(TokenUsage) or TokenUsage()
+    usage = TokenUsage(so_far[0] + input_tokens, so_far[1] + output_tokens, so_far[2] + total)
+    exchange.give(usage)
+    return usage

@@ -1,0 +1,106 @@
+"""What the author of a policy writes.
+
+    class Greeting(Policy):
+        '''Says hello on every response.'''
+
+        name: str = "world"
+
+        def on_response(self, ex: Exchange, head: Head) -> None:
+            head.headers.append((b"greeting", self.name.encode()))
+
+    app.add_middleware(PolicyStack, policies=[Greeting(name="moon")])
+
+A subclass is a frozen, keyword-only, validated dataclass by itself; there is nothing to register. Every hook is
+optional, and one that is not overridden costs nothing.
+"""
+
+from collections.abc import Awaitable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import field
+from typing import Any, ClassVar, Protocol, dataclass_transform
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.problems import Problem, Reply
+
+Answer = Problem | Reply | None
+
+_CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
+
+
+class Closable(Protocol):
+    """What a policy owns beyond an exchange: a store with connections."""
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, field))
+class Policy:
+    """One rule about an exchange. Subclass it, override the hooks you need.
+
+    Hooks, in the order in which an exchange meets them (policies are listed outermost first):
+
+    * `on_request(ex)`: outermost first. `None` goes on; a `Problem` or a `Reply` answers here.
+    * `around(ex)`: an async context manager that wraps everything inside this policy, or None.
+    * `on_body(ex, head, body)`: the whole response body, if it is complete and at most `bound` bytes; see `wants_body`.
+      May change `head`; may return other bytes. Innermost first, like all that follow.
+    * `on_response(ex, head)`: just before the head leaves this policy. No IO.
+    * `on_chunk(ex, chunk)`: each body part that leaves this policy; watch, don't delay.
+    * `on_error(ex, error)`: an exception came out of what is inside, and no response has left outwards yet.
+    * `on_finish(ex)`: exactly once for every policy whose turn came, however it ended (`ex.outcome`).
+
+    `on_request`, `on_body`, `on_error` and `on_finish` may return an awaitable when they have real IO to wait for.
+
+    Order is declared, not remembered: `gives` names the facts this policy gives, `needs` those an outer policy must
+    have given, `reads` those it uses where an outer policy gives them, `precedes` those whose givers belong inside.
+    """
+
+    needs: ClassVar[tuple[type, ...]] = ()
+    gives: ClassVar[tuple[type, ...]] = ()
+    reads: ClassVar[tuple[type, ...]] = ()
+    precedes: ClassVar[tuple[type, ...]] = ()
+
+    bound: ClassVar[int] = 65_536
+    """How many bytes of a body `on_body` may see; a subclass may make it a field."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        validated_dataclass(cls, frozen=True, kw_only=True, config=_CONFIG)
+
+    def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
+        return None
+
+    def around(self, ex: Exchange) -> AbstractAsyncContextManager[Any] | None:
+        return None
+
+    def wants_body(self, ex: Exchange, head: Head) -> bool:
+        """Whether `on_body` should see this response at all; asked once, with the head as it reached this policy."""
+        return True
+
+    def on_body(self, ex: Exchange, head: Head, body: bytes) -> bytes | Awaitable[bytes | None] | None:
+        return None
+
+    def on_response(self, ex: Exchange, head: Head) -> None:
+        return None
+
+    def on_chunk(self, ex: Exchange, chunk: bytes) -> None:
+        return None
+
+    def on_error(self, ex: Exchange, error: Exception) -> Answer | Awaitable[Answer]:
+        return None
+
+    def on_finish(self, ex: Exchange) -> Awaitable[None] | None:
+        return None
+
+    def rules(self) -> Mapping[str, Any] | None:
+        """This policy's table from route to setting, read once when the stack is built; `ex.rule(self)` is its answer.
+
+        A route is `"METHOD /v7/agents/{name}"` or `"/v7/**"` (any method, anything below).
+        """
+        return None
+
+    def resources(self) -> Iterable[Closable]:
+        """What the stack closes when the application shuts down."""
+        return ()

@@ -1,0 +1,555 @@
+"""The pass: any number of policies around one application, in a single middleware.
+
+    app.add_middleware(PolicyStack, policies=[RequestID(), AccessLog(), Problems()])    # outermost first
+    app = PolicyStack(app, policies=[RequestID()])                                      # any ASGI application
+
+This is the only file that sees `scope`, `receive` and `send`. Policies are numbered outer to inner, and a message on
+its way out passes them from the highest number to the lowest. What must hold, and what the property test in
+`tests/fusion` compares with one stack per policy and with a naive interpreter, is written beside the code that does it.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from copy import copy
+from inspect import isawaitable
+from typing import Any
+
+from anyio import move_on_after
+
+from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
+from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Head, Message, Receive
+from sigil_policy.core.host import find_host
+from sigil_policy.core.ordering import PolicyOrderError, check_order, missing_text
+from sigil_policy.core.policy import Answer, Policy
+from sigil_policy.core.problems import DEFAULT_STYLE, Problem, Reply
+from sigil_policy.core.routing import RouteMatcher
+
+Scope = dict[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger("sigil_policy")
+
+_BODY = "http.response.body"
+_STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+_HOOKS = ("on_request", "around", "on_body", "on_response", "on_chunk", "on_error", "on_finish")
+
+
+class _Layer:
+    """One policy at its place: its hooks, None where it has none."""
+
+    on_request: Any
+    around: Any
+    on_body: Any
+    on_response: Any
+    on_chunk: Any
+    on_error: Any
+    on_finish: Any
+
+    __slots__ = ("bound", "index", "name", "wants_body", *_HOOKS)
+
+    def __init__(self, index: int, policy: Policy) -> None:
+        self.index = index
+        self.name = type(policy).__name__
+        self.bound: int = policy.bound
+        self.wants_body = policy.wants_body
+        for hook in _HOOKS:
+            overridden = getattr(type(policy), hook) is not getattr(Policy, hook)
+            setattr(self, hook, getattr(policy, hook) if overridden else None)
+
+
+class PolicyStack:
+    """ASGI middleware that runs `policies` (outermost first) around `app` in one pass.
+
+    Stacks that are constructed directly around each other fuse: they are one program at the cost of one. A stack
+    further in (on a mount, behind another middleware) shares the exchange of the outer one.
+
+    Options:
+        policies: policy instances, outermost first. An empty stack calls the application straight.
+        clock: where time comes from (default: the machine's).
+        finish_timeout: seconds that an awaiting `on_finish` may take; it runs shielded from cancellation (default 5).
+
+    Raises `PolicyOrderError` for an order that cannot work, `TypeError` and `ValueError` for wrong options.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        policies: Iterable[Policy] = (),
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        finish_timeout: float = 5.0,
+    ) -> None:
+        given = list(policies)
+        for policy in given:
+            if not isinstance(policy, Policy):
+                hint = f"; write {policy.__name__}(...)" if isinstance(policy, type) else ""  # type: ignore[unreachable]
+                raise TypeError(f"policies must be Policy instances, not {type(policy).__name__}{hint}")
+        if not callable(app):
+            raise TypeError(f"app must be an ASGI application, not {type(app).__name__}")
+        if not finish_timeout > 0:
+            raise ValueError(f"finish_timeout must be a number of seconds above 0, not {finish_timeout!r}")
+        # A place in a stack is an object of its own: two equal policies never share notes.
+        placed = tuple(copy(policy) for policy in given)
+        if isinstance(app, PolicyStack):
+            placed, app = placed + app.policies, app.app
+        self.app: App = app
+        self.policies: tuple[Policy, ...] = placed
+        self.clock = clock
+        self.finish_timeout = finish_timeout
+        self.gives = frozenset(fact for policy in placed for fact in policy.gives)
+        self.missing = check_order(placed)
+        self.host = find_host(app)
+        self.host.bind(placed)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Everything that can be known before the first exchange."""
+        layers = [_Layer(index, policy) for index, policy in enumerate(self.policies)]
+        self.depth = len(layers)
+        self.entries = [layer for layer in layers if layer.on_request or layer.around]
+        # Indexed by the level a message comes from: the layers outside of it that may act, innermost first.
+        levels = range(self.depth + 1)
+
+        def outside(level: int, *hooks: str) -> tuple[_Layer, ...]:
+            acting = [layer for layer in layers[:level] if any(getattr(layer, hook) for hook in hooks)]
+            return tuple(reversed(acting))
+
+        self.starts = [outside(level, "on_response", "on_body") for level in levels]
+        self.bodies = [outside(level, "on_body", "on_chunk") for level in levels]
+        self.chunks = [tuple(layer.on_chunk for layer in outside(level, "on_chunk")) for level in levels]
+        self.finishes = [outside(level, "on_finish") for level in levels]
+        self.unwinds = [outside(level, "on_body", "around", "on_error", "on_finish") for level in levels]
+        tables = {id(policy): rules for policy in self.policies if (rules := policy.rules())}
+        self.matcher = RouteMatcher(tables) if tables else None
+        self.resources = [resource for policy in self.policies for resource in policy.resources()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif not self.policies or (kind != "http" and kind != "websocket"):
+            await self.app(scope, receive, send)
+        else:
+            exchange = scope.get(SCOPE_KEY)
+            if exchange is None or exchange.finished:
+                await self._open(scope, receive, send)
+            else:
+                await _Pass(self, exchange, scope, receive, send).run()
+
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The outermost stack makes the exchange, and alone sees what really goes to the server."""
+        ex = Exchange(scope, receive, self.clock, self.host, DEFAULT_STYLE)
+        scope[SCOPE_KEY] = ex
+        token = _CURRENT.set(ex)
+
+        async def receive_and_watch() -> Message:
+            replay = ex._replay  # noqa: SLF001  a body that a policy has read
+            if replay is not None:
+                ex._replay = None  # noqa: SLF001
+                return replay
+            message = await receive()
+            kind = message["type"]
+            if (kind == "http.disconnect" or kind == "websocket.disconnect") and not ex.done:
+                ex.gone = True
+            return message
+
+        async def send_and_record(message: Message) -> None:
+            kind = message["type"]
+            if kind == _BODY:
+                ex.sent_bytes += len(message.get("body", b""))
+                last = not message.get("more_body", False)
+            elif kind in _STARTS:
+                ex.status = message.get("status", 101)
+                ex.first_byte = ex.clock.monotonic()
+                last = False
+            else:
+                last = (
+                    kind == "websocket.close"
+                    or kind == "http.response.pathsend"
+                    or (kind == "websocket.http.response.body" and not message.get("more_body", False))
+                )
+                if last and ex.status is None:
+                    ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted
+            try:
+                await send(message)
+            except Exception:
+                ex.gone = ex.gone or not ex.done
+                raise
+            if last:
+                ex.done = True
+                ex.last_byte = ex.clock.monotonic()
+
+        try:
+            await _Pass(self, ex, scope, receive_and_watch, send_and_record).run()
+        finally:
+            ex.finished = True
+            with suppress(ValueError):  # closed from another context, as an interrupted event loop does
+                _CURRENT.reset(token)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outside: frozenset[type] = scope.get(SCOPE_KEY) or frozenset()
+        missing = self.missing - outside
+        if missing:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": missing_text(self.policies, missing)})
+            return
+        if not self.policies:
+            await self.app(scope, receive, send)
+            return
+        scope[SCOPE_KEY] = outside | self.gives
+        if not self.resources:
+            await self.app(scope, receive, send)
+            return
+
+        async def send_after_closing(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self.aclose()
+            await send(message)
+
+        await self.app(scope, receive, send_after_closing)
+
+    async def aclose(self) -> None:
+        """Close what the policies own; the lifespan does it where the server sends one. May be called again."""
+        for resource in self.resources:
+            try:
+                await resource.aclose()
+            except Exception:
+                logger.exception("closing %s failed", type(resource).__name__)
+
+    def __repr__(self) -> str:
+        return f"PolicyStack({', '.join(map(repr, self.policies))})"
+
+
+class _Hold:
+    """A response start that a policy keeps until it has seen the body, with the body messages so far."""
+
+    __slots__ = ("head", "length_known", "message", "messages", "size")
+
+    def __init__(self, message: Message, head: Head, length_known: bool) -> None:
+        self.message = message
+        self.head = head
+        self.length_known = length_known
+        self.messages: list[Message] = []
+        self.size = 0
+
+
+class _Pass:
+    """One exchange going through one stack."""
+
+    __slots__ = ("arounds", "ex", "held", "left", "receive", "scope", "send", "stack")
+
+    def __init__(self, stack: PolicyStack, ex: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        self.stack = stack
+        self.ex = ex
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        # The outermost policy that a response start (or a WebSocket close) has left outwards: only what is outside of
+        # it may still answer an error. It only ever decreases.
+        self.left = stack.depth
+        self.held: dict[int, _Hold] = {}
+        self.arounds: dict[int, AbstractAsyncContextManager[Any]] = {}
+
+    async def run(self) -> None:
+        stack, ex = self.stack, self.ex
+        error: BaseException | None = None
+        entered = origin = 0
+        try:
+            self._prepare()
+            for layer in stack.entries:
+                # A policy is entered once its turn comes, also if its own hook raises.
+                origin = layer.index
+                entered = origin + 1
+                if layer.on_request is not None:
+                    answer = layer.on_request(ex)
+                    if answer is not None:
+                        answer = await _settled(answer)
+                        if answer is not None:
+                            # Seen by the policies outside only: never by this one's own hooks or `around`.
+                            if answer.status >= 400 and ex.refused_by is None:
+                                ex.refused_by = layer.name
+                            await self._reply(answer, origin)
+                            break
+                if layer.around is not None:
+                    around = layer.around(ex)
+                    if around is not None:
+                        await around.__aenter__()
+                        self.arounds[origin] = around
+            else:
+                entered = origin = stack.depth
+                await stack.app(self.scope, self.receive, self.emit)
+        except BaseException as raised:
+            error = raised
+        if error is None and not self.held and not self.arounds:
+            for layer in stack.finishes[entered]:
+                error = await self._finish(layer, error)
+        else:
+            error = await self._unwind(error, origin, entered)
+        if error is not None:
+            raise error
+
+    def _prepare(self) -> None:
+        stack, ex = self.stack, self.ex
+        if stack.missing and not stack.missing <= ex._given:  # noqa: SLF001
+            missing = stack.missing - ex._given  # noqa: SLF001
+            raise PolicyOrderError(missing_text(stack.policies, missing))
+        ex._given = ex._given | stack.gives if ex._given else stack.gives  # noqa: SLF001
+        ex._scope = self.scope  # noqa: SLF001  a mount gives its application a copy
+        if stack.matcher is not None:
+            found = stack.matcher.match(ex.method, _local_path(self.scope))
+            ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
+
+    # --- outwards --------------------------------------------------------------------------------------------------
+
+    async def emit(self, message: Message, level: int = -1, head: Head | None = None, released: int = -1) -> None:
+        """Carry a message out through the layers below `level` (default: from the application).
+
+        `head` and `released` go with a start that layer `released` held until now.
+        """
+        stack = self.stack
+        if level < 0:
+            level = stack.depth
+        kind = message["type"]
+        if kind == _BODY:
+            if self.held:
+                await self._feed(message, level)
+                return
+            for watch in stack.chunks[level]:
+                watch(self.ex, message.get("body", b""))
+        elif kind in _STARTS:
+            rest: Sequence[_Layer] | None = stack.starts[level]
+            if rest:
+                if head is None:
+                    head = Head(message.get("status", 101), message.get("headers") or ())
+                while rest:
+                    rest = self._decorate(message, head, rest, released)
+                    if rest is None:
+                        return
+                    if rest:
+                        # A second start meets a policy that still holds the first.
+                        await self._release(rest[0].index)
+                message = self._headed(message, head)
+            self.left = 0
+        else:
+            if self.held:
+                await self._release_all(level)
+            if kind == "websocket.close":
+                self.left = 0
+        await self.send(message)
+
+    def _decorate(
+        self, message: Message, head: Head, layers: Sequence[_Layer], released: int
+    ) -> Sequence[_Layer] | None:
+        """Run the head through `layers`: () when it is through, None when one holds it now.
+
+        The layers from one on that holds another start already are returned unvisited.
+        """
+        ex = self.ex
+        accepting = message["type"] == "websocket.accept"
+        for place, layer in enumerate(layers):
+            index = layer.index
+            if self.left > index + 1:
+                self.left = index + 1
+            if layer.on_body is not None and index != released:
+                if index in self.held:
+                    return layers[place:]
+                if message["type"] == "http.response.start" and self._hold(layer, message, head):
+                    return None
+            if layer.on_response is not None:
+                layer.on_response(ex, head)
+                if accepting:
+                    head.status = 101
+        return ()
+
+    def _hold(self, layer: _Layer, message: Message, head: Head) -> bool:
+        """Keep the start back for `on_body`, but only where nothing is delayed by it: never an event stream, and at
+        most until the first body message when the length is unknown."""
+        media_type = head.get(b"content-type")
+        if media_type is not None and media_type[:17].lower() == b"text/event-stream":
+            return False
+        length = head.get(b"content-length")
+        if length is not None and not (length.isdigit() and len(length) < 20 and int(length) <= layer.bound):
+            return False
+        if not layer.wants_body(self.ex, head):
+            return False
+        self.held[layer.index] = _Hold(message, head, length is not None)
+        return True
+
+    def _headed(self, message: Message, head: Head) -> Message:
+        if message["type"] != "websocket.accept":
+            return {**message, "status": head.status, "headers": head.headers}
+        if _websocket_version(self.scope) < (2, 1):
+            return message  # before 2.1 an accept had no headers
+        return {**message, "headers": head.headers}
+
+    async def _feed(self, message: Message, level: int) -> None:
+        """A body message while some policy holds the start."""
+        for layer in self.stack.bodies[level]:
+            hold = self.held.get(layer.index)
+            if hold is None:
+                if layer.on_chunk is not None:
+                    layer.on_chunk(self.ex, message.get("body", b""))
+                continue
+            hold.messages.append(message)
+            hold.size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if hold.size <= layer.bound and not more:
+                await self._complete(layer, hold)
+            elif hold.size > layer.bound or not hold.length_known:
+                await self._release(layer.index)
+            return
+        await self.send(message)
+
+    async def _complete(self, layer: _Layer, hold: _Hold) -> None:
+        """The body that `layer` waited for is whole."""
+        del self.held[layer.index]
+        head, messages = hold.head, hold.messages
+        body = messages[0].get("body", b"") if len(messages) == 1 else b"".join(m.get("body", b"") for m in messages)
+        result = layer.on_body(self.ex, head, body)
+        if result is not None and not isinstance(result, bytes):
+            result = await result
+        if result is not None:
+            if head.status in (204, 304):
+                head.remove(b"content-length")
+            elif head.get(b"content-length") is not None:
+                head.replace(b"content-length", b"%d" % len(result))
+            messages = [{"type": _BODY, "body": result, "more_body": False}]
+        await self._let_go(layer.index, hold, messages)
+
+    async def _release(self, index: int) -> None:
+        """Let go unchanged what layer `index` holds; a policy further out may take it over."""
+        hold = self.held.pop(index)
+        await self._let_go(index, hold, hold.messages)
+
+    async def _let_go(self, index: int, hold: _Hold, messages: Sequence[Message]) -> None:
+        await self.emit(hold.message, index + 1, hold.head, index)
+        for message in messages:
+            await self.emit(message, index + 1)
+
+    async def _release_all(self, level: int) -> None:
+        """Any other message: whatever is held on its way goes first."""
+        while True:
+            index = max((index for index in self.held if index < level), default=-1)
+            if index < 0:
+                return
+            await self._release(index)
+
+    async def _reply(self, answer: Problem | Reply, level: int) -> None:
+        """Send a whole response from `level` outwards."""
+        reply = answer if isinstance(answer, Reply) else self.ex.style.render(answer, self.ex)
+        status, body, headers = reply.status, reply.body, list(reply.headers)
+        if status in (204, 304):
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        if status in (204, 304) or self.ex.method == "HEAD":
+            body = b""
+        kind = "http.response"
+        if self.ex.kind == "websocket":
+            kind = "websocket.http.response"
+            if kind not in (self.scope.get("extensions") or ()):
+                await self.emit({"type": "websocket.close", "code": reply.code, "reason": ""}, level)
+                return
+        await self.emit({"type": f"{kind}.start", "status": status, "headers": headers}, level)
+        await self.emit({"type": f"{kind}.body", "body": body, "more_body": False}, level)
+
+    # --- unwinding -------------------------------------------------------------------------------------------------
+
+    async def _unwind(self, error: BaseException | None, origin: int, entered: int) -> BaseException | None:
+        """Inner to outer, per policy: flush or drop what it holds, leave `around`, `on_error`, `on_finish`.
+
+        Returns the exception that is still pending. What came out of policy `origin`'s own `on_request` or reply is
+        for the policies outside of it.
+        """
+        ex = self.ex
+        if error is not None:
+            ex.error = error
+        for layer in self.stack.unwinds[entered]:
+            index = layer.index
+            if index in self.held:
+                if error is None:
+                    try:
+                        await self._release(index)
+                    except BaseException as raised:
+                        ex.error = error = raised
+                else:
+                    # Dropped, so that `on_error` may still answer.
+                    del self.held[index]
+            around = self.arounds.get(index)
+            if around is not None:
+                error = await self._leave(around, error)
+            if isinstance(error, Exception) and layer.on_error is not None and index != origin and self.left > index:
+                error = await self._answer(layer, error)
+            if layer.on_finish is not None:
+                error = await self._finish(layer, error)
+        return error
+
+    async def _leave(
+        self, around: AbstractAsyncContextManager[Any], error: BaseException | None
+    ) -> BaseException | None:
+        try:
+            if error is None:
+                await around.__aexit__(None, None, None)
+                return None
+            return None if await around.__aexit__(type(error), error, error.__traceback__) else error
+        except BaseException as raised:
+            self.ex.error = raised
+            return raised
+
+    async def _answer(self, layer: _Layer, error: Exception) -> BaseException | None:
+        try:
+            answer = layer.on_error(self.ex, error)
+            if answer is not None:
+                answer = await _settled(answer)
+            if answer is None:
+                return error
+            await self._reply(answer, layer.index)
+        except BaseException as raised:
+            self.ex.error = raised
+            return raised
+        return error if isinstance(answer, Reply) and answer.reraise else None
+
+    async def _finish(self, layer: _Layer, error: BaseException | None) -> BaseException | None:
+        """`on_finish` tells nobody of its own failure but the log; only a cancellation passes."""
+        try:
+            waiting = layer.on_finish(self.ex)
+            if waiting is not None:
+                if isinstance(error, GeneratorExit):
+                    # The coroutine is being closed from outside: nothing may be awaited any more.
+                    getattr(waiting, "close", lambda: None)()
+                    return error
+                with move_on_after(self.stack.finish_timeout, shield=True) as limit:
+                    await waiting
+                if limit.cancelled_caught:
+                    logger.error("on_finish of %s was given up after %s s", layer.name, self.stack.finish_timeout)
+        except Exception:
+            logger.exception("on_finish of %s failed", layer.name)
+        except BaseException as raised:
+            self.ex.error = raised
+            return raised
+        return error
+
+
+async def _settled(answer: Any) -> Answer:
+    """What a hook answered, awaited if need be."""
+    if isinstance(answer, Problem | Reply):
+        return answer
+    if isawaitable(answer):
+        answer = await answer
+        if answer is None or isinstance(answer, Problem | Reply):
+            return answer
+    raise TypeError(f"a hook answers with None, a Problem or a Reply, not with {type(answer).__name__}")
+
+
+def _local_path(scope: Scope) -> str:
+    """The path as the application's router sees it: after `root_path` (ASGI `path` includes it)."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path") or ""
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path
+
+
+def _websocket_version(scope: Scope) -> tuple[int, ...]:
+    version = str((scope.get("asgi") or {}).get("spec_version") or "2.0")
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -1,0 +1,1 @@
+"""What the stack knows of the frameworks it serves."""

@@ -1,0 +1,1 @@
+"""Who calls: keys, tokens and API keys, verified without IO."""

@@ -1,0 +1,1 @@
+"""What outlives an exchange, behind protocols."""

@@ -1,0 +1,1 @@
+"""What leaves the process about an exchange, and what must not."""
