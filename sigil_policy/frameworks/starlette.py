@@ -1,0 +1,230 @@
+"""Starlette and FastAPI: what a stack has to know of them.
+
+Found by itself, in both ways to mount a stack: `app.add_middleware(PolicyStack, ...)` and `PolicyStack(app, ...)`.
+FastAPI is never imported from here; what is needed of it is looked up only where the application has imported it.
+
+* `HTTPException` and `RequestValidationError` are answered by Starlette's own `ExceptionMiddleware`, inside of every
+  middleware. With `Problems` mounted, its handlers are replaced where they are the framework's defaults; the
+  application's own stay.
+* The name of a route is its whole template, with the prefixes of included routers and mounts.
+"""
+
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sigil_policy.core.exchange import SCOPE_KEY, Exchange
+from sigil_policy.core.host import Host
+from sigil_policy.core.policy import Policy
+from sigil_policy.core.problems import Problem, Reply
+from sigil_policy.policies.problems import Problems, from_http_error, from_validation_errors
+
+_DEEPEST = 100  # middlewares or mounts: a bound against applications that contain themselves
+
+
+def find_host(app: Any) -> "StarletteHost | None":
+    """A host for `app` when it is, or leads straight to, a Starlette application."""
+    for inner in _chain(app):
+        if isinstance(inner, Starlette | ExceptionMiddleware):
+            return StarletteHost(app)
+    return None
+
+
+class StarletteHost(Host):
+    """A Starlette or FastAPI application, or what is left of it inside `add_middleware`."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def bind(self, policies: Sequence[Policy]) -> None:
+        for policy in policies:
+            if isinstance(policy, Problems):
+                for target in _targets(self.app):
+                    _Handlers(policy).install(target)
+
+    def route(self, scope: dict[str, Any]) -> str | None:
+        route = scope.get("route")
+        # FastAPI keeps included routers as a tree: the route alone does not know its prefix.
+        context = scope.get("fastapi")
+        if isinstance(context, dict):
+            route = context.get("effective_route_context") or route
+        template = getattr(route, "path_format", None) or getattr(route, "path", None)
+        return None if template is None else f"{scope.get('root_path') or ''}{template}"
+
+    def debug(self, scope: dict[str, Any]) -> bool:
+        return getattr(scope.get("app"), "debug", False) is True
+
+    def answer(self, ex: Exchange, error: Exception) -> Awaitable[Reply | None] | None:
+        if isinstance(error, HTTPException):
+            return _http_error(ex, error)
+        handlers = getattr(ex.scope.get("app"), "exception_handlers", None) or {}
+        handler = None
+        for key, value in handlers.items():
+            if key in (500, Exception):
+                handler = value
+        return None if handler is None else _call(handler, ex, error)
+
+
+async def _http_error(ex: Exchange, error: HTTPException) -> Reply | None:
+    """Raised by a middleware inside of us, where Starlette itself would make a 500 of it."""
+    if error.status_code < 400:
+        return None
+    return ex.style.render(from_http_error(error.status_code, error.detail, error.headers), ex)
+
+
+async def _call(handler: Callable[..., Any], ex: Exchange, error: Exception) -> Reply | None:
+    """Run the application's own handler for unhandled errors and take its response as a reply that is raised on."""
+    from starlette._utils import is_async_callable
+    from starlette.concurrency import run_in_threadpool
+
+    request = Request(ex.scope)
+    response = await (
+        handler(request, error) if is_async_callable(handler) else run_in_threadpool(handler, request, error)
+    )
+    if response is None:
+        return None
+    start: dict[str, Any] = {}
+    parts: list[bytes] = []
+
+    async def collect(message: dict[str, Any]) -> None:
+        if message["type"].endswith(".start"):
+            start.update(message)
+        else:
+            parts.append(message.get("body", b""))
+
+    async def nothing() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    await response(ex.scope, nothing, collect)
+    if not start:
+        return None
+    return Reply(
+        status=start["status"], headers=tuple(start.get("headers") or ()), body=b"".join(parts), code=1011, reraise=True
+    )
+
+
+class _Handlers:
+    """The exception handlers that speak for one `Problems` policy."""
+
+    def __init__(self, problems: Problems) -> None:
+        self.problems = problems
+
+    def install(self, target: Any) -> None:
+        """Give `target` (an application or its `ExceptionMiddleware`) our handlers, where it has only defaults."""
+        handlers = target._exception_handlers if isinstance(target, ExceptionMiddleware) else target.exception_handlers  # noqa: SLF001
+        wanted: list[tuple[type[Exception], Callable[..., Any]]] = [
+            (HTTPException, self.http_error),
+            (Problem, self.problem),
+        ]
+        fastapi = sys.modules.get("fastapi.exceptions")
+        if fastapi is not None:
+            wanted.append((fastapi.RequestValidationError, self.validation_error))
+        for kind, handler in wanted:
+            if _is_default(handlers.get(kind)):
+                target.add_exception_handler(kind, handler)
+
+    async def http_error(self, request: Request, error: HTTPException) -> Response | None:
+        ex = request.scope.get(SCOPE_KEY)
+        if not isinstance(ex, Exchange) or error.status_code < 400:
+            return await _default(request, error)
+        return self._response(from_http_error(error.status_code, error.detail, error.headers), ex)
+
+    async def validation_error(self, request: Request, error: Any) -> Response | None:
+        ex = request.scope.get(SCOPE_KEY)
+        if not isinstance(ex, Exchange):
+            return await _default(request, error)
+        return self._response(from_validation_errors(error.errors(), self.problems.validation_status), ex)
+
+    async def problem(self, request: Request, error: Problem) -> Response:
+        ex = request.scope.get(SCOPE_KEY)
+        if not isinstance(ex, Exchange):
+            raise error
+        return self._response(error, ex)
+
+    def _response(self, problem: Problem, ex: Exchange) -> Response:
+        reply = self.problems.style.render(problem, ex)
+        response = Response(b"" if ex.method == "HEAD" else reply.body, reply.status)
+        response.raw_headers = [(name, value) for name, value in reply.headers]
+        return response
+
+
+def _is_default(handler: Any) -> bool:
+    """Whether `handler` is nobody's choice: none, the framework's own, or ours from an earlier binding."""
+    if handler is None:
+        return True
+    owner = getattr(handler, "__self__", None)
+    if isinstance(owner, _Handlers) or getattr(handler, "__func__", None) is ExceptionMiddleware.http_exception:
+        return True
+    fastapi = sys.modules.get("fastapi.exception_handlers")
+    return fastapi is not None and handler in (
+        fastapi.http_exception_handler,
+        fastapi.request_validation_exception_handler,
+    )
+
+
+async def _default(request: Request, error: Exception) -> Response | None:
+    """What the framework would have answered: the request did not come through a stack."""
+    fastapi = sys.modules.get("fastapi.exception_handlers")
+    if isinstance(error, HTTPException):
+        if fastapi is not None:
+            return await fastapi.http_exception_handler(request, error)  # type: ignore[no-any-return]
+        return await ExceptionMiddleware(_nowhere).http_exception(request, error)
+    assert fastapi is not None  # noqa: S101  its exception is here
+    return await fastapi.request_validation_exception_handler(request, error)  # type: ignore[no-any-return]
+
+
+async def _nowhere(scope: Any, receive: Any, send: Any) -> None:
+    raise NotImplementedError
+
+
+def _chain(app: Any) -> Iterator[Any]:
+    """`app` and what it wraps, along the attribute that ASGI middlewares keep their application in."""
+    for _ in range(_DEEPEST):
+        if app is None:
+            return
+        yield app
+        app = getattr(app, "app", None)
+
+
+def _targets(app: Any) -> Iterator[Any]:
+    """Everything reachable from `app` that answers exceptions: itself, and mounted applications."""
+    waiting, seen = [app], set[int]()
+    while waiting and len(seen) < 10_000:
+        start = waiting.pop()
+        if isinstance(start, Starlette):
+            if id(start) in seen:
+                continue
+            seen.add(id(start))
+            if start.middleware_stack is None:
+                yield start
+                waiting.extend(_mounted(start.router))
+                continue
+            yield start  # also for a stack that is rebuilt later
+            start = start.middleware_stack
+        for inner in _chain(start):
+            if id(inner) in seen:
+                break
+            seen.add(id(inner))
+            if isinstance(inner, ExceptionMiddleware):
+                yield inner
+            elif inner is not start and isinstance(inner, Starlette):
+                waiting.append(inner)
+                break
+            waiting.extend(_mounted(inner))
+
+
+def _mounted(router: Any) -> Iterator[Any]:
+    """Applications below a router's routes; FastAPI keeps included routers as nodes of a tree."""
+    for route in getattr(router, "routes", None) or ():
+        included = getattr(route, "original_router", None)
+        if included is not None:
+            yield included
+        app = getattr(route, "_base_app", None) or getattr(route, "app", None)
+        if app is not None and (isinstance(app, Starlette) or hasattr(app, "routes") or hasattr(app, "app")):
+            yield app
