@@ -23,6 +23,7 @@ Outcome = Literal["ok", "refused", "error", "timeout", "cancelled", "disconnecte
 _ANYONE = UnauthenticatedUser()
 _NO_CREDENTIALS = AuthCredentials()
 _NO_RULES: dict[int, Any] = {}
+_OVER: dict[str, Any] = {}
 _CURRENT: ContextVar["Exchange | None"] = ContextVar("sigil_policy.exchange", default=None)
 
 
@@ -145,6 +146,11 @@ class Exchange:
             name: values[0] if len(values) == 1 else (b"; " if name == b"cookie" else b", ").join(values)
             for name, values in lines.items()
         }
+
+    def close(self) -> None:
+        """The exchange is over. The scope that holds it is let go: a cycle would wait for the garbage collector."""
+        self.finished = True
+        self._scope = self._outer_scope = _OVER
 
     # --- facts and notes -------------------------------------------------------------------------------------------
 

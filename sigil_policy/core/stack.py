@@ -10,7 +10,7 @@ its way out passes them from the highest number to the lowest. What must hold, a
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from copy import copy
 from inspect import isawaitable
 from typing import Any
@@ -184,9 +184,11 @@ class PolicyStack:
         try:
             await _Pass(self, ex, scope, receive_and_watch, send_and_record).run()
         finally:
-            ex.finished = True
-            with suppress(ValueError):  # closed from another context, as an interrupted event loop does
+            ex.close()
+            try:
                 _CURRENT.reset(token)
+            except ValueError:  # noqa: SIM105  closed from another context, as an interrupted event loop does
+                pass
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         outside: frozenset[type] = scope.get(SCOPE_KEY) or frozenset()
@@ -360,7 +362,10 @@ class _Pass:
             if layer.on_response is not None:
                 layer.on_response(ex, head)
                 if accepting:
+                    # What a policy says of an accept that cannot be said must not reach the policies outside either.
                     head.status = 101
+                    if _websocket_version(self.scope) < (2, 1):
+                        head.headers[:] = Head(101, message.get("headers") or ()).headers
         return ()
 
     def _hold(self, layer: _Layer, message: Message, head: Head) -> bool:
