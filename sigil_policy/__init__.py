@@ -32,8 +32,52 @@ if TYPE_CHECKING:
     from sigil_policy.core.problems import Reply as Reply
     from sigil_policy.core.problems import registered_types as registered_types
     from sigil_policy.core.stack import PolicyStack as PolicyStack
+    from sigil_policy.identity.api_keys import ApiKeyRecord as ApiKeyRecord
+    from sigil_policy.identity.api_keys import ApiKeyStore as ApiKeyStore
+    from sigil_policy.identity.api_keys import FileApiKeyStore as FileApiKeyStore
+    from sigil_policy.identity.api_keys import MemoryApiKeyStore as MemoryApiKeyStore
+    from sigil_policy.identity.api_keys import new_key as new_key
+    from sigil_policy.identity.issuers import Issuer as Issuer
+    from sigil_policy.identity.keys import Key as Key
+    from sigil_policy.middleware import AccessLogMiddleware as AccessLogMiddleware
+    from sigil_policy.middleware import ApiKeyAuthMiddleware as ApiKeyAuthMiddleware
+    from sigil_policy.middleware import BearerAuthMiddleware as BearerAuthMiddleware
+    from sigil_policy.middleware import CacheControlMiddleware as CacheControlMiddleware
+    from sigil_policy.middleware import ConditionalMiddleware as ConditionalMiddleware
+    from sigil_policy.middleware import ProblemsMiddleware as ProblemsMiddleware
+    from sigil_policy.middleware import RateLimitMiddleware as RateLimitMiddleware
+    from sigil_policy.middleware import RequestIDMiddleware as RequestIDMiddleware
+    from sigil_policy.middleware import ScopesMiddleware as ScopesMiddleware
+    from sigil_policy.middleware import VersioningMiddleware as VersioningMiddleware
     from sigil_policy.middleware import as_middleware as as_middleware
+    from sigil_policy.policies.access_log import AccessLog as AccessLog
+    from sigil_policy.policies.access_log import by_outcome as by_outcome
+    from sigil_policy.policies.api_key import ApiKeyAuth as ApiKeyAuth
+    from sigil_policy.policies.bearer import BearerAuth as BearerAuth
+    from sigil_policy.policies.cache_control import CacheControl as CacheControl
+    from sigil_policy.policies.cache_control import CacheRule as CacheRule
+    from sigil_policy.policies.conditional import Conditional as Conditional
     from sigil_policy.policies.problems import Problems as Problems
+    from sigil_policy.policies.rate_limit import RateLimit as RateLimit
+    from sigil_policy.policies.rate_limit import Tier as Tier
+    from sigil_policy.policies.rate_limit import TokenRule as TokenRule
+    from sigil_policy.policies.rate_limit import by_address as by_address
+    from sigil_policy.policies.rate_limit import by_principal as by_principal
+    from sigil_policy.policies.request_id import RequestID as RequestID
+    from sigil_policy.policies.scopes import AllOf as AllOf
+    from sigil_policy.policies.scopes import AnyOf as AnyOf
+    from sigil_policy.policies.scopes import Scopes as Scopes
+    from sigil_policy.policies.versioning import Deprecation as Deprecation
+    from sigil_policy.policies.versioning import Version as Version
+    from sigil_policy.policies.versioning import Versioning as Versioning
+    from sigil_policy.stores.limits import LimitStore as LimitStore
+    from sigil_policy.stores.memory import memory_limits as memory_limits
+    from sigil_policy.telemetry.logs import CorrelationFilter as CorrelationFilter
+    from sigil_policy.telemetry.logs import JSONLines as JSONLines
+    from sigil_policy.telemetry.logs import add_correlation as add_correlation
+    from sigil_policy.telemetry.redaction import Redaction as Redaction
+    from sigil_policy.telemetry.redaction import RedactionFilter as RedactionFilter
+    from sigil_policy.telemetry.redaction import redact as redact
 
 # Where each public name lives.
 _HOMES = {
@@ -44,11 +88,40 @@ _HOMES = {
     "core.policy": ("Policy",),
     "core.problems": ("Problem", "ProblemType", "Reply", "registered_types"),
     "core.stack": ("PolicyStack",),
+    "identity.api_keys": ("ApiKeyRecord", "ApiKeyStore", "FileApiKeyStore", "MemoryApiKeyStore", "new_key"),
+    "identity.issuers": ("Issuer",),
+    "identity.keys": ("Key",),
+    "middleware": (
+        "AccessLogMiddleware",
+        "ApiKeyAuthMiddleware",
+        "BearerAuthMiddleware",
+        "CacheControlMiddleware",
+        "ConditionalMiddleware",
+        "ProblemsMiddleware",
+        "RateLimitMiddleware",
+        "RequestIDMiddleware",
+        "ScopesMiddleware",
+        "VersioningMiddleware",
+        "as_middleware",
+    ),
+    "policies.access_log": ("AccessLog", "by_outcome"),
+    "policies.api_key": ("ApiKeyAuth",),
+    "policies.bearer": ("BearerAuth",),
+    "policies.cache_control": ("CacheControl", "CacheRule"),
+    "policies.conditional": ("Conditional",),
     "policies.problems": ("Problems",),
+    "policies.rate_limit": ("RateLimit", "Tier", "TokenRule", "by_address", "by_principal"),
+    "policies.request_id": ("RequestID",),
+    "policies.scopes": ("AllOf", "AnyOf", "Scopes"),
+    "policies.versioning": ("Deprecation", "Version", "Versioning"),
+    "stores.limits": ("LimitStore",),
+    "stores.memory": ("memory_limits",),
+    "telemetry.logs": ("CorrelationFilter", "JSONLines", "add_correlation"),
+    "telemetry.redaction": ("Redaction", "RedactionFilter", "redact"),
 }
 _NAMES = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_NAMES)  # noqa: PLE0605
+__all__ = sorted(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
