@@ -1,0 +1,177 @@
+"""Verifies signed tokens and remembers the verdicts that were good.
+
+    verifier = TokenVerifier([Issuer(url=..., audience=..., keys=[...])])
+    verified = verifier.verify(token, now=clock.time())      # TokenError, whatever is wrong
+    verified.principal.subject
+
+Every refusal is the same `TokenError`; its `reason` is for the operator and never leaves the service. Whatever bytes
+come in, nothing else comes out. What is refused, and why, stands beside the check: RFC 7515, 7519, 8725 (and its
+successor's draft), 9068.
+"""
+
+from collections.abc import Iterable, Mapping
+from threading import Lock
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from sigil_policy.core.facts import Principal
+from sigil_policy.identity.issuers import Issuer
+from sigil_policy.wire.jws import MAX_TOKEN, CompactJws, parse_compact
+
+_MAX_KID = 256
+_LENIENT_TYPES = frozenset(("jwt", "at+jwt"))
+_STRICT_TYPES = frozenset(("at+jwt",))
+
+
+class TokenError(Exception):
+    """The token is refused. `reason` is one word for the operator; a client learns only that it was refused."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("the token is refused")
+        self.reason = reason
+
+
+class VerifiedToken(NamedTuple):
+    """Whom a token speaks for, and when: from `not_before` until just before `not_after` (leeway included)."""
+
+    principal: Principal
+    not_before: float
+    not_after: float
+
+
+class TokenVerifier:
+    """Verifies compact signed JWTs of some issuers.
+
+    Options:
+        issuers: each is found by its exact `iss`, and only its own keys verify its tokens.
+        realm: the protection space that the principals name in challenges.
+    """
+
+    __slots__ = ("_issuers", "_realm")
+
+    def __init__(self, issuers: Iterable[Issuer], *, realm: str = "api") -> None:
+        self._issuers = {issuer.url: issuer for issuer in issuers}
+        self._realm = realm
+
+    def verify(self, token: bytes, now: float) -> VerifiedToken:
+        """The verdict on `token` at `now` (seconds since the epoch). Raises `TokenError`, and nothing else."""
+        if len(token) > MAX_TOKEN:
+            raise TokenError("size")
+        try:
+            jws = parse_compact(token)
+        except ValueError:
+            jws = None
+        if jws is None:
+            # Outside of the handler: a parser's error carries the text it could not read, and is not chained here.
+            raise TokenError("form")
+        issuer = self._issuer(jws.claims)
+        _check_header(jws.header, _STRICT_TYPES if issuer.strict else _LENIENT_TYPES)
+        _check_signature(issuer, jws)
+        try:
+            verified = VerifiedToken(*issuer.read(_frozen(jws.claims), self._realm))
+        except ValueError as error:
+            raise TokenError(str(error)) from None
+        if now < verified.not_before:
+            raise TokenError("early")
+        if now >= verified.not_after:
+            raise TokenError("expired")
+        return verified
+
+    def _issuer(self, claims: Mapping[str, Any]) -> Issuer:
+        url = claims.get("iss")
+        issuer = self._issuers.get(url) if isinstance(url, str) else None
+        if issuer is None:
+            raise TokenError("iss")
+        return issuer
+
+
+def _check_header(header: Mapping[str, Any], types: frozenset[str]) -> None:
+    # No extension is understood here, so a token that insists on one is refused (RFC 7515 section 4.1.11); b64 takes
+    # crit, and changes what was signed (RFC 7797).
+    if "crit" in header or "b64" in header:
+        raise TokenError("crit")
+    # Where the header offers a key of its own (jwk, jku, x5u, x5c), nobody looks: keys come from the configuration
+    # (RFC 8725 section 3.10).
+    if "typ" in header:
+        # A token made for another purpose (logout+jwt, dpop+jwt, an id token) is no access token.
+        if _media_type(header["typ"]) not in types:
+            raise TokenError("typ")
+    elif types is _STRICT_TYPES:
+        raise TokenError("typ")
+    if "cty" in header and _media_type(header["cty"]) == "jwt":
+        raise TokenError("cty")
+
+
+def _media_type(value: Any) -> str | None:
+    # RFC 7515 section 4.1.9: a media type without case, whose "application/" may be left out.
+    return value.lower().removeprefix("application/") if isinstance(value, str) else None
+
+
+def _check_signature(issuer: Issuer, jws: CompactJws) -> None:
+    algorithm = jws.header.get("alg")
+    kid = jws.header.get("kid")
+    if not isinstance(algorithm, str):
+        raise TokenError("alg")
+    # A hint and no more: compared with the ids of the configured keys, never a path, a query or a URL.
+    if "kid" in jws.header and not (isinstance(kid, str) and len(kid) <= _MAX_KID):
+        raise TokenError("kid")
+    # The key names the algorithm. "none", in any case, is the algorithm of no key.
+    keys = issuer.candidates(algorithm, kid)
+    if not keys:
+        raise TokenError("key")
+    if not any(key.verify(jws.signed, jws.signature) for key in keys):
+        raise TokenError("signature")
+
+
+def _frozen(claims: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`claims` as a value: a verified token is shared by the requests that present it, and nobody may change it."""
+    return MappingProxyType({name: _freeze(value) for name, value in claims.items()})
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _frozen(value)
+    if isinstance(value, list):
+        return tuple(map(_freeze, value))
+    return value
+
+
+class TokenCache:
+    """Remembers verified tokens by a digest of exactly what was presented: bounded, and never beyond their time.
+
+    Two generations: new entries go into the young one; when it has half of `size`, it becomes the old one, and what
+    was old and not asked for since is forgotten. A hit is one look-up in a dictionary, which needs no lock (an LRU
+    reorders on every hit, and therefore does); a burst of new tokens cannot push out one that is in use. Only verified
+    tokens get in, so that nobody without a key can fill it. The token itself is not kept.
+    """
+
+    __slots__ = ("_half", "_lock", "_old", "_young")
+
+    def __init__(self, size: int) -> None:
+        self._half = size // 2
+        self._young: dict[bytes, VerifiedToken] = {}
+        self._old: dict[bytes, VerifiedToken] = {}
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._young.keys() | self._old.keys())
+
+    def get(self, digest: bytes, now: float) -> Principal | None:
+        """The caller, if this token was verified before and holds `now`."""
+        found = self._young.get(digest)
+        if found is None:
+            found = self._old.get(digest)
+            if found is None:
+                return None
+            self.put(digest, found)
+        # The clock may have been set back since: both ends are asked.
+        return found.principal if found.not_before <= now < found.not_after else None
+
+    def put(self, digest: bytes, verified: VerifiedToken) -> None:
+        if not self._half:
+            return
+        with self._lock:
+            if len(self._young) >= self._half:
+                self._old = self._young
+                self._young = {}
+            self._young[digest] = verified

@@ -1,0 +1,201 @@
+"""Verifies API keys: `X-API-Key: sk_live_...` becomes the exchange's `Principal`.
+
+    plain, record = new_key(pepper=pepper, subject="nightly-job", scopes=["agents:read"], tier="pro")
+    ApiKeyAuth(store=MemoryApiKeyStore([record]), pepper=pepper)
+
+A key that is presented is verified or refused here (401). A caller without one goes on as nobody, and `Scopes`, further
+in, decides whether that will do; without `Scopes`, write `required=True`.
+
+Guarantees: mistyped, unknown, expired and wrong keys get the same answer, and an unknown id costs the same digest and
+the same comparison in constant time as a known one; the store holds only keyed digests; no key is logged or shown.
+WebSocket handshakes obey the same rules.
+
+Goes inside `Problems`, `BodyLimit` and `Timeout`, outside `Scopes` and `RateLimit`, before or after `BearerAuth`.
+RFC 9110 section 11; RFC 6750 for the challenges.
+"""
+
+from collections.abc import Awaitable
+from functools import cached_property
+from hmac import compare_digest
+from typing import Annotated, ClassVar
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from sigil_policy.core.catalogue import (
+    CREDENTIALS_CONFLICTING,
+    CREDENTIALS_IN_QUERY,
+    CREDENTIALS_MALFORMED,
+    CREDENTIALS_MISSING,
+    KEY_INVALID,
+)
+from sigil_policy.core.exchange import Exchange
+from sigil_policy.core.facts import Principal
+from sigil_policy.core.policy import Policy
+from sigil_policy.core.problems import Problem, ProblemType
+from sigil_policy.identity.api_keys import ApiKeyRecord, ApiKeyStore, key_digest, key_id, pepper_bytes
+from sigil_policy.identity.challenges import (
+    Challenges,
+    HeaderLines,
+    challenge_line,
+    is_preflight,
+    offer,
+)
+from sigil_policy.identity.fields import HeaderName, Realm, Scheme
+from sigil_policy.wire.authorization import QueryNames, bearer_token
+
+# What no key's digest is: an unknown id is compared with this, so that it takes as long as a known one.
+_NO_DIGEST = bytes(32)
+
+_QUERY_NAMES = QueryNames("api_key", "api-key", "apikey", "x-api-key", any_case=True)
+
+
+class ApiKeyAuth(Policy):
+    """Who presents a valid API key is the `Principal`; who presents an invalid one is refused.
+
+        ApiKeyAuth(store=FileApiKeyStore("keys.jsonl"), pepper=SecretStr(os.environ["KEY_PEPPER"]))
+
+    Answers 401 `AUTH_005` (the key), 400 `AUTH_003` (the header), 400 `AUTH_006` (two credentials), 400 `AUTH_007`
+    (a key in the query), and with `required=True` 401 `AUTH_001` (no key); each with `WWW-Authenticate` lines.
+    An exception of the store goes on to the application's error handling: nobody is let in.
+    """
+
+    gives: ClassVar[tuple[type, ...]] = (Principal, Challenges)
+
+    store: ApiKeyStore
+    """Where the records are."""
+
+    pepper: SecretStr
+    """The secret under which digests were made, at least 32 bytes; keep it out of the store."""
+
+    header: HeaderName = "X-API-Key"
+    """The header that carries the key (default `"X-API-Key"`)."""
+
+    bearer: bool = False
+    """Also take `Authorization: Bearer sk_...` (default False). `BearerAuth` then takes `foreign_prefix="sk_"`."""
+
+    bearer_prefix: Annotated[str, Field(min_length=1)] = "sk_"
+    """How a bearer token begins that is an API key (default `"sk_"`)."""
+
+    realm: Realm = "api"
+    """The protection space that challenges name (default `"api"`)."""
+
+    scheme: Scheme | None = "ApiKey"
+    """The scheme of the second challenge line (default `"ApiKey"`, which is not registered; None: only `Bearer`)."""
+
+    required: bool = False
+    """Refuse callers without a key here, CORS preflights excepted (default False: that is for `Scopes` to decide)."""
+
+    conflicts_with: HeaderName | None = "Authorization"
+    """Refuse requests that carry this header beside a key (default `"Authorization"`; None: no header)."""
+
+    tolerate_leaked_query_keys: bool = False
+    """Let requests pass that carry `api_key=`, `apikey=` or `x-api-key=` in their query, where logs and histories
+    keep it (default False: 400). It is never used as a credential, either way."""
+
+    @field_validator("pepper")
+    @classmethod
+    def _long_enough(cls, pepper: SecretStr) -> SecretStr:
+        pepper_bytes(pepper)
+        return pepper
+
+    @model_validator(mode="after")
+    def _prepare(self) -> "ApiKeyAuth":
+        _ = self._pepper, self._header, self._rival, self._prefix
+        _ = self._challenge, self._invalid_request, self._invalid_token
+        return self
+
+    @cached_property
+    def _pepper(self) -> bytes:
+        return pepper_bytes(self.pepper)
+
+    @cached_property
+    def _header(self) -> bytes:
+        return self.header.lower().encode("ascii")
+
+    @cached_property
+    def _rival(self) -> bytes:
+        # Never a header's name: without a rival the question is asked all the same, and the answer is no.
+        return self.conflicts_with.lower().encode("ascii") if self.conflicts_with is not None else b""
+
+    @cached_property
+    def _prefix(self) -> bytes:
+        return self.bearer_prefix.encode()
+
+    @cached_property
+    def _challenge(self) -> HeaderLines:
+        return self._lines(None)
+
+    @cached_property
+    def _invalid_request(self) -> HeaderLines:
+        return self._lines("invalid_request")
+
+    @cached_property
+    def _invalid_token(self) -> HeaderLines:
+        return self._lines("invalid_token")
+
+    def _lines(self, error: str | None) -> HeaderLines:
+        bearer = challenge_line("Bearer", self.realm, error)
+        return (bearer,) if self.scheme is None else (bearer, challenge_line(self.scheme, self.realm))
+
+    def on_request(self, ex: Exchange) -> Problem | Awaitable[Problem | None] | None:
+        headers = ex.headers
+        presented = headers.get(self._header)
+        if ex.method == "OPTIONS" and is_preflight(ex):
+            ex.anonymous()
+            return None
+        if ex.query and not self.tolerate_leaked_query_keys and _QUERY_NAMES.found_in(ex.query):
+            return self._bad_request(CREDENTIALS_IN_QUERY, "The query string carries an API key")
+        as_bearer = presented is None and self.bearer
+        if as_bearer:
+            presented = self._from_bearer(headers.get(b"authorization"))
+        elif presented is not None and self._rival in headers:
+            return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
+        if presented is None:
+            return self._without_key(ex)
+        if (b"authorization" if as_bearer else self._header) in ex.repeated:
+            return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one credential of a kind")
+        if ex.principal is not None:
+            return None
+        refusal = self._invalid_token if as_bearer else self._challenge
+        name = key_id(presented)
+        if name is None:
+            return KEY_INVALID("The API key is not valid", headers=refusal)
+        digest = key_digest(self._pepper, presented)
+        found = self.store.find(name)
+        if found is None or isinstance(found, ApiKeyRecord):
+            return self._judge(ex, found, digest, refusal)
+        return self._judge_later(ex, found, digest, refusal)
+
+    async def _judge_later(
+        self, ex: Exchange, finding: Awaitable[ApiKeyRecord | None], digest: bytes, refusal: HeaderLines
+    ) -> Problem | None:
+        return self._judge(ex, await finding, digest, refusal)
+
+    def _judge(self, ex: Exchange, record: ApiKeyRecord | None, digest: bytes, refusal: HeaderLines) -> Problem | None:
+        same = compare_digest(digest, _NO_DIGEST if record is None else record.digest_bytes)
+        if record is None or not same or record.is_expired(ex.clock.time()):
+            return KEY_INVALID("The API key is not valid", headers=refusal)
+        ex.authenticate(record.principal(self.realm))
+        return None
+
+    def _from_bearer(self, authorization: bytes | None) -> bytes | None:
+        if authorization is None:
+            return None
+        try:
+            token = bearer_token(authorization)
+        except ValueError:
+            # Not a key in any case; what to answer is for a BearerAuth to say, or for Scopes.
+            return None
+        return token if token is not None and token.startswith(self._prefix) else None
+
+    def _without_key(self, ex: Exchange) -> Problem | None:
+        if ex.principal is not None:
+            return None
+        ex.anonymous()
+        offered = offer(ex, self._challenge)
+        if self.required:
+            return CREDENTIALS_MISSING("This API takes an API key", headers=offered.lines)
+        return None
+
+    def _bad_request(self, problem_type: ProblemType, detail: str) -> Problem:
+        return problem_type(detail, headers=self._invalid_request)
