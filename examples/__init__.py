@@ -1,0 +1,1 @@
+"""Small whole services that use the library, each with its test."""
