@@ -170,7 +170,7 @@ class PolicyStack:
                     or kind == "http.response.pathsend"
                     or (kind == "websocket.http.response.body" and not message.get("more_body", False))
                 )
-                if last and ex.status is None:
+                if kind == "websocket.close" and ex.status is None:
                     ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted
             try:
                 await send(message)
@@ -185,10 +185,10 @@ class PolicyStack:
             await _Pass(self, ex, scope, receive_and_watch, send_and_record).run()
         finally:
             ex.close()
-            try:
+            try:  # noqa: SIM105  `suppress` costs half a microsecond
                 _CURRENT.reset(token)
-            except ValueError:  # noqa: SIM105  closed from another context, as an interrupted event loop does
-                pass
+            except ValueError:
+                pass  # closed from another context, as an interrupted event loop does
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         outside: frozenset[type] = scope.get(SCOPE_KEY) or frozenset()
@@ -286,7 +286,9 @@ class _Pass:
             error = raised
         if error is None and not self.held and not self.arounds:
             for layer in stack.finishes[entered]:
-                error = await self._finish(layer, error)
+                waiting = self._finish(layer)
+                if waiting is not None:
+                    error = await self._wait(layer, waiting, error)
         else:
             error = await self._unwind(error, origin, entered)
         if error is not None:
@@ -325,14 +327,17 @@ class _Pass:
             if rest:
                 if head is None:
                     head = Head(message.get("status", 101), message.get("headers") or ())
-                while rest:
-                    rest = self._decorate(message, head, rest, released)
-                    if rest is None:
-                        return
-                    if rest:
-                        # A second start meets a policy that still holds the first.
-                        await self._release(rest[0].index)
-                message = self._headed(message, head)
+                if kind == "websocket.accept":
+                    message, rest = self._accept(message, head, rest), ()
+                else:
+                    while rest:
+                        rest = self._decorate(message, head, rest, released)
+                        if rest is None:
+                            return
+                        if rest:
+                            # A second start meets a policy that still holds the first.
+                            await self._release(rest[0].index)
+                    message = {**message, "status": head.status, "headers": head.headers}
             self.left = 0
         else:
             if self.held:
@@ -348,69 +353,76 @@ class _Pass:
 
         The layers from one on that holds another start already are returned unvisited.
         """
-        ex = self.ex
-        accepting = message["type"] == "websocket.accept"
+        ex, held = self.ex, self.held
         for place, layer in enumerate(layers):
             index = layer.index
             if self.left > index + 1:
                 self.left = index + 1
             if layer.on_body is not None and index != released:
-                if index in self.held:
+                if index in held:
                     return layers[place:]
-                if message["type"] == "http.response.start" and self._hold(layer, message, head):
+                if layer.wants_body(ex, head) and self._hold(layer, message, head):
                     return None
             if layer.on_response is not None:
                 layer.on_response(ex, head)
-                if accepting:
-                    # What a policy says of an accept that cannot be said must not reach the policies outside either.
-                    head.status = 101
-                    if _websocket_version(self.scope) < (2, 1):
-                        head.headers[:] = Head(101, message.get("headers") or ()).headers
         return ()
+
+    def _accept(self, message: Message, head: Head, layers: Sequence[_Layer]) -> Message:
+        """Run `websocket.accept` through `layers`. What cannot be said of it must not reach the policies outside."""
+        ex = self.ex
+        old = _websocket_version(self.scope) < (2, 1)  # before 2.1 an accept had no headers
+        for layer in layers:
+            self.left = min(self.left, layer.index + 1)
+            if layer.on_response is not None:
+                layer.on_response(ex, head)
+                head.status = 101
+                if old:
+                    head = Head(101, message.get("headers") or ())
+        return message if old else {**message, "headers": head.headers}
 
     def _hold(self, layer: _Layer, message: Message, head: Head) -> bool:
         """Keep the start back for `on_body`, but only where nothing is delayed by it: never an event stream, and at
         most until the first body message when the length is unknown."""
-        media_type = head.get(b"content-type")
+        if message["type"] != "http.response.start":
+            return False
+        if message.get("trailers"):
+            return False  # they would follow a body that is gone (RFC 9110 section 15.4.5)
+        media_type = length = None
+        for name, value in head.headers:
+            if name == b"content-type":
+                media_type = value if media_type is None else media_type
+            elif name == b"content-length":
+                length = value if length is None else length
         if media_type is not None and media_type[:17].lower() == b"text/event-stream":
             return False
-        length = head.get(b"content-length")
         if length is not None and not (length.isdigit() and len(length) < 20 and int(length) <= layer.bound):
-            return False
-        if not layer.wants_body(self.ex, head):
             return False
         self.held[layer.index] = _Hold(message, head, length is not None)
         return True
 
-    def _headed(self, message: Message, head: Head) -> Message:
-        if message["type"] != "websocket.accept":
-            return {**message, "status": head.status, "headers": head.headers}
-        if _websocket_version(self.scope) < (2, 1):
-            return message  # before 2.1 an accept had no headers
-        return {**message, "headers": head.headers}
-
     async def _feed(self, message: Message, level: int) -> None:
         """A body message while some policy holds the start."""
+        body = message.get("body", b"")
         for layer in self.stack.bodies[level]:
             hold = self.held.get(layer.index)
             if hold is None:
                 if layer.on_chunk is not None:
-                    layer.on_chunk(self.ex, message.get("body", b""))
+                    layer.on_chunk(self.ex, body)
                 continue
             hold.messages.append(message)
-            hold.size += len(message.get("body", b""))
+            hold.size += len(body)
             more = message.get("more_body", False)
-            if hold.size <= layer.bound and not more:
-                await self._complete(layer, hold)
-            elif hold.size > layer.bound or not hold.length_known:
+            if hold.size > layer.bound or (more and not hold.length_known):
                 await self._release(layer.index)
+            elif not more:
+                await self._complete(layer, hold)
             return
         await self.send(message)
 
     async def _complete(self, layer: _Layer, hold: _Hold) -> None:
         """The body that `layer` waited for is whole."""
-        del self.held[layer.index]
-        head, messages = hold.head, hold.messages
+        index, head, messages = layer.index, hold.head, hold.messages
+        del self.held[index]
         body = messages[0].get("body", b"") if len(messages) == 1 else b"".join(m.get("body", b"") for m in messages)
         result = layer.on_body(self.ex, head, body)
         if result is not None and not isinstance(result, bytes):
@@ -421,16 +433,15 @@ class _Pass:
             elif head.get(b"content-length") is not None:
                 head.replace(b"content-length", b"%d" % len(result))
             messages = [{"type": _BODY, "body": result, "more_body": False}]
-        await self._let_go(layer.index, hold, messages)
+        await self.emit(hold.message, index + 1, head, index)
+        for message in messages:
+            await self.emit(message, index + 1)
 
     async def _release(self, index: int) -> None:
         """Let go unchanged what layer `index` holds; a policy further out may take it over."""
         hold = self.held.pop(index)
-        await self._let_go(index, hold, hold.messages)
-
-    async def _let_go(self, index: int, hold: _Hold, messages: Sequence[Message]) -> None:
         await self.emit(hold.message, index + 1, hold.head, index)
-        for message in messages:
+        for message in hold.messages:
             await self.emit(message, index + 1)
 
     async def _release_all(self, level: int) -> None:
@@ -486,7 +497,9 @@ class _Pass:
             if isinstance(error, Exception) and layer.on_error is not None and index != origin and self.left > index:
                 error = await self._answer(layer, error)
             if layer.on_finish is not None:
-                error = await self._finish(layer, error)
+                waiting = self._finish(layer)
+                if waiting is not None:
+                    error = await self._wait(layer, waiting, error)
         return error
 
     async def _leave(
@@ -514,25 +527,39 @@ class _Pass:
             return raised
         return error if isinstance(answer, Reply) and answer.reraise else None
 
-    async def _finish(self, layer: _Layer, error: BaseException | None) -> BaseException | None:
-        """`on_finish` tells nobody of its own failure but the log; only a cancellation passes."""
+    def _finish(self, layer: _Layer) -> Awaitable[Any] | None:
+        """Call `on_finish`; what is returned has to be waited for. It tells of its failure nobody but the log."""
         try:
-            waiting = layer.on_finish(self.ex)
-            if waiting is not None:
-                if isinstance(error, GeneratorExit):
-                    # The coroutine is being closed from outside: nothing may be awaited any more.
-                    getattr(waiting, "close", lambda: None)()
-                    return error
-                with move_on_after(self.stack.finish_timeout, shield=True) as limit:
-                    await waiting
-                if limit.cancelled_caught:
-                    logger.error("on_finish of %s was given up after %s s", layer.name, self.stack.finish_timeout)
+            waiting: Awaitable[Any] | None = layer.on_finish(self.ex)
+        except Exception:
+            logger.exception("on_finish of %s failed", layer.name)
+        except BaseException as raised:
+            return _raise(raised)
+        else:
+            return waiting
+        return None
+
+    async def _wait(self, layer: _Layer, waiting: Awaitable[Any], error: BaseException | None) -> BaseException | None:
+        """Wait for an `on_finish`, shielded and bounded; only a cancellation passes."""
+        if isinstance(error, GeneratorExit):
+            # The coroutine is being closed from outside: nothing may be awaited any more.
+            getattr(waiting, "close", lambda: None)()
+            return error
+        try:
+            with move_on_after(self.stack.finish_timeout, shield=True) as limit:
+                await waiting
+            if limit.cancelled_caught:
+                logger.error("on_finish of %s was given up after %s s", layer.name, self.stack.finish_timeout)
         except Exception:
             logger.exception("on_finish of %s failed", layer.name)
         except BaseException as raised:
             self.ex.error = raised
             return raised
         return error
+
+
+async def _raise(error: BaseException) -> None:
+    raise error
 
 
 async def _settled(answer: Any) -> Answer:

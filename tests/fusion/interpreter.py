@@ -1,0 +1,214 @@
+"""The rules of the pass, said as plainly as they can be: one policy, one layer, one `try`/`finally`.
+
+This is the specification of `core/stack.py` and shares no line with it. It is slow on purpose, and it must stay so
+simple that each line can be checked against the rules by reading. `test_fusion.py` breaks it line by line to see that
+the comparison notices.
+"""
+
+import contextlib
+import inspect
+from typing import Any
+
+import anyio
+
+from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.host import PLAIN
+from sigil_policy.core.policy import Policy
+from sigil_policy.core.problems import DEFAULT_STYLE, Problem
+
+STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+
+
+def interpret(app: Any, policies: Any, clock: Any) -> Any:
+    """`app` with `policies` around it (outermost first): an ASGI application."""
+
+    async def interpreted(scope: Any, receive: Any, send: Any) -> None:
+        if not policies:
+            return await app(scope, receive, send)
+        ex = Exchange(scope, receive, clock, PLAIN, DEFAULT_STYLE)
+
+        async def hear() -> Any:
+            message, ex._replay = ex._replay, None
+            message = message or await receive()
+            if message["type"] in ("http.disconnect", "websocket.disconnect") and not ex.done:
+                ex.gone = True
+            return message
+
+        async def deliver(message: Any) -> None:
+            # Status and size say what was handed to the server; what a dying connection did with it, nobody knows.
+            kind = message["type"]
+            if kind in STARTS:
+                ex.status = message.get("status", 101)
+            elif kind == "websocket.close":
+                ex.status = ex.status or 403  # what servers answer to a handshake that is closed
+            elif kind == "http.response.body":
+                ex.sent_bytes += len(message.get("body", b""))
+            try:
+                await send(message)
+            except Exception:
+                ex.gone = ex.gone or not ex.done
+                raise
+            last = kind.endswith("response.body") and not message.get("more_body", False)
+            ex.done = ex.done or last or kind in ("http.response.pathsend", "websocket.close")
+
+        async def innermost(outward: Any) -> None:
+            await app(scope, hear, outward)
+
+        inner = innermost
+        for policy in reversed(policies):
+            inner = Layer(policy, ex, scope, inner).run
+        return await inner(deliver)
+
+    return interpreted
+
+
+class Layer:
+    """One policy around `inner`; `outward` is the send of the next layer out."""
+
+    def __init__(self, policy: Any, ex: Any, scope: Any, inner: Any) -> None:
+        self.policy, self.ex, self.scope, self.inner = policy, ex, scope, inner
+        self.held: Any = None  # a head and the body messages gathered behind it
+        self.left = False  # a response start has left this layer outwards
+
+    async def run(self, outward: Any) -> None:
+        self.outward = outward
+        try:
+            await self.guarded()
+        except BaseException as error:
+            self.ex.error = error
+            raise
+        finally:
+            await self.finish()
+
+    async def guarded(self) -> None:
+        policy, ex = self.policy, self.ex
+        own = True  # an error of our own on_request, reply or entering is for the policies outside
+        try:
+            answer = await settled(policy.on_request(ex))
+            if answer is not None:
+                answer = rendered(answer, ex)
+                if answer.status >= 400:
+                    ex.refused_by = ex.refused_by or type(policy).__name__
+                return await self.reply(answer)
+            async with policy.around(ex) or contextlib.nullcontext():
+                own = False
+                try:
+                    await self.inner(self.send)
+                    await self.release()
+                except BaseException as error:
+                    ex.error = error
+                    raise
+        except Exception as error:
+            ex.error = error
+            if own or self.left:
+                raise
+            answer = await settled(policy.on_error(ex, error))
+            if answer is None:
+                raise
+            answer = rendered(answer, ex)
+            await self.reply(answer)
+            if answer.reraise:
+                raise
+
+    async def finish(self) -> None:
+        try:
+            waiting = self.policy.on_finish(self.ex)
+            if waiting is not None:
+                with anyio.move_on_after(5, shield=True):
+                    await waiting
+        except Exception:
+            pass
+        except BaseException as error:
+            self.ex.error = error
+            raise
+
+    async def send(self, message: Any) -> None:
+        kind = message["type"]
+        if kind in STARTS:
+            await self.release()
+            head = Head(message.get("status", 101), message.get("headers") or ())
+            if self.holds(message, head):
+                self.held = message, head, []
+            else:
+                await self.depart(message, head, [])
+        elif kind == "http.response.body" and self.held:
+            await self.gather(message)
+        elif kind == "http.response.body":
+            await self.chunk(message)
+        else:
+            await self.release()
+            self.left = self.left or kind == "websocket.close"
+            await self.outward(message)
+
+    def holds(self, message: Any, head: Any) -> bool:
+        if message["type"] == "websocket.accept" or type(self.policy).on_body is Policy.on_body:
+            return False
+        if not self.policy.wants_body(self.ex, head) or message["type"] != "http.response.start":
+            return False
+        if (head.get(b"content-type") or b"").lower().startswith(b"text/event-stream"):
+            return False
+        if message.get("trailers"):
+            return False
+        length = head.get(b"content-length")
+        return length is None or (length.isdigit() and int(length) <= self.policy.bound)
+
+    async def gather(self, message: Any) -> None:
+        start, head, parts = self.held
+        parts.append(message)
+        more = message.get("more_body", False)
+        body = b"".join(part.get("body", b"") for part in parts)
+        if len(body) > self.policy.bound or (more and head.get(b"content-length") is None):
+            return await self.release()
+        if more:
+            return None
+        self.held = None
+        new = await settled(self.policy.on_body(self.ex, head, body))
+        if new is not None:
+            parts = [{"type": "http.response.body", "body": new, "more_body": False}]
+            if head.status in (204, 304):
+                head.remove(b"content-length")
+            elif head.get(b"content-length") is not None:
+                head.replace(b"content-length", b"%d" % len(new))
+        return await self.depart(start, head, parts)
+
+    async def release(self) -> None:
+        if self.held:
+            held, self.held = self.held, None
+            await self.depart(*held)
+
+    async def depart(self, start: Any, head: Any, parts: Any) -> None:
+        self.policy.on_response(self.ex, head)
+        self.left = True
+        if start["type"] != "websocket.accept":
+            await self.outward({**start, "status": head.status, "headers": head.headers})
+        elif self.scope.get("asgi", {}).get("spec_version", "2.0") >= "2.1":
+            await self.outward({**start, "headers": head.headers})
+        else:
+            await self.outward(start)
+        for part in parts:
+            await self.chunk(part)
+
+    async def chunk(self, message: Any) -> None:
+        self.policy.on_chunk(self.ex, message.get("body", b""))
+        await self.outward(message)
+
+    async def reply(self, answer: Any) -> None:
+        headers, body, prefix = list(answer.headers), answer.body, ""
+        if self.scope["type"] == "websocket":
+            prefix = "websocket."
+            if "websocket.http.response" not in (self.scope.get("extensions") or {}):
+                return await self.outward({"type": "websocket.close", "code": answer.code, "reason": ""})
+        if answer.status in (204, 304):
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        if answer.status in (204, 304) or self.ex.method == "HEAD":
+            body = b""
+        await self.outward({"type": f"{prefix}http.response.start", "status": answer.status, "headers": headers})
+        return await self.outward({"type": f"{prefix}http.response.body", "body": body})
+
+
+async def settled(answer: Any) -> Any:
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+def rendered(answer: Any, ex: Any) -> Any:
+    return DEFAULT_STYLE.render(answer, ex) if isinstance(answer, Problem) else answer
