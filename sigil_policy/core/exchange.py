@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 
@@ -87,8 +87,11 @@ class Head:
         return f"Head({self.status}, {[name.decode('latin-1') for name, _ in self.headers]})"
 
 
-class Exchange:
+class Exchange(dict[type, Any]):
     """What is known of one exchange. Made by the outermost stack, shared by the stacks inside it.
+
+    It maps the type of a fact to the fact: `ex[Principal]`, `ex.get(Quota)`, `Correlation in ex`; see `give`. (It is a
+    dict because every policy asks it something, on every exchange.)
 
     Read-only for policies: `kind` (`"http"` or `"websocket"`), `method` (`"WEBSOCKET"` for a WebSocket), `path`
     (decoded, as the outermost stack saw it), `query` (raw bytes), `headers`, `repeated`, `client`, `clock`, `started`
@@ -116,7 +119,6 @@ class Exchange:
         self._scope = scope
         self._outer_scope = scope
         self._receive = receive
-        self._facts: dict[type, Any] = {}
         self._notes: dict[int, Any] = {}
         self.clock = clock
         self.host = host
@@ -154,24 +156,31 @@ class Exchange:
 
     # --- facts and notes -------------------------------------------------------------------------------------------
 
-    def __getitem__(self, kind: type[Fact]) -> Fact:
-        try:
-            return cast("Fact", self._facts[kind])
-        except KeyError:
-            raise MissingFactError(
-                f"no policy has given a {kind.__name__} to this exchange; "
-                f"mount a policy that gives {kind.__name__} outside, or ask with ex.get({kind.__name__})"
-            ) from None
+    if TYPE_CHECKING:
 
-    def get(self, kind: type[Fact]) -> Fact | None:
-        return self._facts.get(kind)
+        def __getitem__(self, kind: type[Fact]) -> Fact: ...
 
-    def __contains__(self, kind: type) -> bool:
-        return kind in self._facts
+        def get(self, kind: type[Fact]) -> Fact | None: ...  # type: ignore[override]
+
+    def __missing__(self, kind: type) -> Any:
+        raise MissingFactError(
+            f"no policy has given a {kind.__name__} to this exchange; "
+            f"mount a policy that gives {kind.__name__} outside, or ask with ex.get({kind.__name__})"
+        )
+
+    # One exchange is never another, whatever is known of them.
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"Exchange({self.method} {self.path!r}, {self.outcome}, knows {[kind.__name__ for kind in self]})"
 
     def give(self, fact: object) -> None:
         """Make `fact` known to every policy and to the application; the newest of a type holds."""
-        self._facts[type(fact)] = fact
+        self[type(fact)] = fact
 
     def note(self, policy: object) -> Any:
         """What `policy` itself kept with `keep`, or None. Two equal policies never share a note."""
@@ -194,7 +203,7 @@ class Exchange:
 
     def authenticate(self, principal: Principal) -> None:
         """Make `principal` the caller: the fact, `request.user` and `request.auth`."""
-        self._facts[Principal] = principal
+        self[Principal] = principal
         self.principal = principal
         self._scope["user"] = principal
         self._scope["auth"] = principal.credentials
@@ -217,8 +226,11 @@ class Exchange:
         """The whole request body; the application still receives it.
 
         Nothing reads the body unless a policy asks. Raises `BodyTooLargeError` as soon as more than `limit` bytes
-        have come (what was read is still replayed), and `ConnectionError` if the client left first.
+        have come (what was read is still replayed), `ConnectionError` if the client left first, and `TypeError` on a
+        WebSocket.
         """
+        if self.kind != "http":
+            raise TypeError("a WebSocket has no request body; look at ex.kind before you ask for one")
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and len(length) < 20 and int(length) > limit and self._replay is None:
             raise BodyTooLargeError(f"the request body is over {limit} bytes")

@@ -33,6 +33,7 @@ logger = logging.getLogger("sigil_policy")
 
 _BODY = "http.response.body"
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+_OVER = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 _HOOKS = ("on_request", "around", "on_body", "on_response", "on_chunk", "on_error", "on_finish")
 
 
@@ -206,7 +207,7 @@ class PolicyStack:
             return
 
         async def send_after_closing(message: Message) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            if message["type"] in _OVER:
                 await self.aclose()
             await send(message)
 
@@ -292,7 +293,10 @@ class _Pass:
         else:
             error = await self._unwind(error, origin, entered)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # else the exception and this frame would hold each other
 
     def _prepare(self) -> None:
         stack, ex = self.stack, self.ex
@@ -509,16 +513,22 @@ class _Pass:
             if error is None:
                 await around.__aexit__(None, None, None)
                 return None
-            return None if await around.__aexit__(type(error), error, error.__traceback__) else error
+            try:
+                raise error  # so that it is the current exception there, as in a `with` block
+            except BaseException:
+                return None if await around.__aexit__(type(error), error, error.__traceback__) else error
         except BaseException as raised:
             self.ex.error = raised
             return raised
 
     async def _answer(self, layer: _Layer, error: Exception) -> BaseException | None:
         try:
-            answer = layer.on_error(self.ex, error)
-            if answer is not None:
-                answer = await _settled(answer)
+            try:
+                raise error  # so that `logger.exception` and `raise ... from` work in the hook
+            except Exception:
+                answer = layer.on_error(self.ex, error)
+                if answer is not None:
+                    answer = await _settled(answer)
             if answer is None:
                 return error
             await self._reply(answer, layer.index)
