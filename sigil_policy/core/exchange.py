@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
@@ -23,6 +24,9 @@ Outcome = Literal["ok", "refused", "error", "timeout", "cancelled", "disconnecte
 _ANYONE = UnauthenticatedUser()
 _NO_CREDENTIALS = AuthCredentials()
 _NO_RULES: dict[int, Any] = {}
+_NONE_REPEATED: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType({})
+_KNOWN_NAMES: set[bytes] = set()
+_NO_FACTS: frozenset[type] = frozenset()
 _OVER: dict[str, Any] = {}
 _CURRENT: ContextVar["Exchange | None"] = ContextVar("sigil_policy.exchange", default=None)
 
@@ -87,6 +91,16 @@ class Head:
         return f"Head({self.status}, {[name.decode('latin-1') for name, _ in self.headers]})"
 
 
+def _are_lower_case(names: Iterable[bytes]) -> bool:
+    """Whether no name has an upper-case letter. Names that were seen once are remembered, up to a bound."""
+    for name in names:
+        if name != name.lower():
+            return False
+        if len(name) <= 64 and len(_KNOWN_NAMES) < 4_096:
+            _KNOWN_NAMES.add(name)
+    return True
+
+
 class Exchange(dict[type, Any]):
     """What is known of one exchange. Made by the outermost stack, shared by the stacks inside it.
 
@@ -99,25 +113,27 @@ class Exchange(dict[type, Any]):
     `refused_by`.
     """
 
-    # Defaults live on the class: an exchange pays only for what happens to it.
-    status: int | None = None
-    sent_bytes: int = 0
-    first_byte: float | None = None
-    last_byte: float | None = None
-    done: bool = False
-    gone: bool = False
-    finished: bool = False
-    error: BaseException | None = None
-    refused_by: str | None = None
-    principal: Principal | None = None
-    repeated: Mapping[bytes, tuple[bytes, ...]] = {}
-    _rules: Mapping[int, Any] = _NO_RULES
-    _replay: Message | None = None
-    _given: frozenset[type] = frozenset()
+    # Slots: making one costs half as much as with an instance dictionary.
+    __slots__ = (
+        "__weakref__", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_rules", "_scope", "clock", "done",
+        "error", "finished", "first_byte", "gone", "headers", "host", "kind", "last_byte", "method", "path",
+        "principal", "query", "refused_by", "repeated", "sent_bytes", "started", "started_monotonic", "status", "style",
+    )  # fmt: skip
 
     def __init__(self, scope: Message, receive: Receive, clock: Clock, host: "Host", style: "ProblemStyle") -> None:
-        self._scope = scope
-        self._outer_scope = scope
+        self.status: int | None = None
+        self.sent_bytes = 0
+        self.first_byte: float | None = None
+        self.last_byte: float | None = None
+        self.done = self.gone = self.finished = False
+        self.error: BaseException | None = None
+        self.refused_by: str | None = None
+        self.principal: Principal | None = None
+        self.repeated: Mapping[bytes, tuple[bytes, ...]] = _NONE_REPEATED
+        self._rules: Mapping[int, Any] = _NO_RULES
+        self._replay: Message | None = None
+        self._given: frozenset[type] = _NO_FACTS
+        self._scope = self._outer_scope = scope
         self._receive = receive
         self._notes: dict[int, Any] = {}
         self.clock = clock
@@ -134,7 +150,7 @@ class Exchange(dict[type, Any]):
             pairs = list(pairs)
         try:
             headers: dict[bytes, bytes] = dict(pairs)
-            plain = len(headers) == len(pairs) and b"-".join(headers).islower()
+            plain = len(headers) == len(pairs) and (_KNOWN_NAMES.issuperset(headers) or _are_lower_case(headers))
         except (TypeError, ValueError):
             plain = False
         self.headers: dict[bytes, bytes] = headers if plain else self._gather(pairs)
