@@ -5,10 +5,10 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from starlette.authentication import AuthCredentials, UnauthenticatedUser
+from starlette.authentication import UnauthenticatedUser
 
 from sigil_policy.core.clock import Clock
-from sigil_policy.core.facts import Principal, TokenUsage
+from sigil_policy.core.facts import Credentials, Principal, TokenUsage
 
 if TYPE_CHECKING:
     from sigil_policy.core.host import Host
@@ -22,7 +22,7 @@ Receive = Callable[[], Awaitable[Message]]
 Outcome = Literal["ok", "refused", "error", "timeout", "cancelled", "disconnected"]
 
 _ANYONE = UnauthenticatedUser()
-_NO_CREDENTIALS = AuthCredentials()
+_NO_CREDENTIALS = Credentials()
 _NO_RULES: dict[int, Any] = {}
 _NONE_REPEATED: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType({})
 _KNOWN_NAMES: set[bytes] = set()
@@ -232,9 +232,7 @@ class Exchange(dict[type, Any]):
 
     def grant_all(self) -> None:
         """`request.auth.scopes` holds every scope from here on: what a superscope means."""
-        credentials = AuthCredentials()
-        credentials.scopes = _AllScopes(self.principal.scopes if self.principal else ())  # type: ignore[assignment]
-        self._scope["auth"] = credentials
+        self._scope["auth"] = Credentials(_AllScopes(self.principal.scopes if self.principal else ()))
 
     # --- the request body ------------------------------------------------------------------------------------------
 

@@ -29,6 +29,16 @@ class Correlation(NamedTuple):
     trace_id: str | None = None
 
 
+class Credentials(AuthCredentials):
+    """Starlette's `request.auth`, which many requests share: nobody changes it for the others."""
+
+    def __init__(self, scopes: frozenset[str] = frozenset()) -> None:
+        object.__setattr__(self, "scopes", scopes)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"request.auth is shared by all requests of a caller; {name} cannot be set")
+
+
 @dataclass(frozen=True, eq=False)
 class Principal:
     """Who calls. Given by `BearerAuth` and `ApiKeyAuth`; also `request.user` in Starlette and FastAPI.
@@ -64,11 +74,9 @@ class Principal:
         return f"{self.kind}:{len(issuer)}:{issuer}:{self.subject}"
 
     @cached_property
-    def credentials(self) -> AuthCredentials:
+    def credentials(self) -> Credentials:
         """What Starlette's `request.auth` promises, so that `@requires("agents:read")` works."""
-        credentials = AuthCredentials()
-        credentials.scopes = self.scopes  # type: ignore[assignment]  # only ever asked with `in`
-        return credentials
+        return Credentials(self.scopes)
 
 
 class Public(NamedTuple):

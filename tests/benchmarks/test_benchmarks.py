@@ -1,0 +1,66 @@
+"""Every benchmark runs, and prints the figures it is known for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import NAMES, TARGETS, table
+
+ROOT = Path(__file__).parents[2]
+
+KEYS = {
+    "stack": {"stack_us", "base_http_us", "ratio_to_base_http", "peers_us", "ratio_peers", "per_policy_us", "notes"},
+    "policies": {"pass_us", "alone_us"},
+    "stream": {"fused_us", "nested_us"},
+    "limits": set(TARGETS["limits"]),
+    "auth": {"cached_us", "api_key_us", "forged_80k_us", "verify_us", "pyjwt_us", "verify_to_pyjwt"},
+    "log": set(TARGETS["log"]),
+    "routes": {"us_10", "us_1000", "us_10000", "ratio", "uniform_ratio"},
+    "server": {"fastapi_ratio", "asgi_ratio", "cpu_us_per_request", "generator"},
+}
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_prints_one_json_object_with_its_keys(name: str) -> None:
+    done = run(name, "--smoke", "--json")
+
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert list(printed) == [name]
+    assert printed[name].keys() >= KEYS[name]
+
+
+def test_every_target_is_a_documented_key() -> None:
+    for name, targets in TARGETS.items():
+        assert targets.keys() <= KEYS[name]
+
+
+def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones() -> None:
+    done = run("velocity")
+
+    assert done.returncode == 2
+    assert "velocity" in done.stderr
+    assert "stack" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ratio", "answer"), [(0.2, "yes"), (0.25, "yes"), (0.3, "no"), (None, "not measured")], ids=str
+)
+def test_the_table_says_whether_a_target_was_reached(ratio: float | None, answer: str) -> None:
+    line = table({"stack": {"ratio_to_base_http": ratio, "notes": ["peers skipped"]}}).splitlines()[2]
+
+    assert line.split("  ")[-1] == answer
+
+
+def test_the_table_keeps_what_a_benchmark_has_to_say() -> None:
+    assert table({"stack": {"stack_us": 12.5, "notes": ["peers skipped"]}}).endswith("stack: peers skipped")
