@@ -133,63 +133,22 @@ class PolicyStack:
         elif not self.policies or (kind != "http" and kind != "websocket"):
             await self.app(scope, receive, send)
         else:
-            exchange = scope.get(SCOPE_KEY)
-            if exchange is None or exchange.finished:
-                await self._open(scope, receive, send)
-            else:
-                await _Pass(self, exchange, scope, receive, send).run()
-
-    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The outermost stack makes the exchange, and alone sees what really goes to the server."""
-        ex = Exchange(scope, receive, self.clock, self.host, DEFAULT_STYLE)
-        scope[SCOPE_KEY] = ex
-        token = _CURRENT.set(ex)
-
-        async def receive_and_watch() -> Message:
-            replay = ex._replay  # noqa: SLF001  a body that a policy has read
-            if replay is not None:
-                ex._replay = None  # noqa: SLF001
-                return replay
-            message = await receive()
-            kind = message["type"]
-            if (kind == "http.disconnect" or kind == "websocket.disconnect") and not ex.done:
-                ex.gone = True
-            return message
-
-        async def send_and_record(message: Message) -> None:
-            kind = message["type"]
-            if kind == _BODY:
-                ex.sent_bytes += len(message.get("body", b""))
-                last = not message.get("more_body", False)
-            elif kind in _STARTS:
-                ex.status = message.get("status", 101)
-                ex.first_byte = ex.clock.monotonic()
-                last = False
-            else:
-                last = (
-                    kind == "websocket.close"
-                    or kind == "http.response.pathsend"
-                    or (kind == "websocket.http.response.body" and not message.get("more_body", False))
-                )
-                if kind == "websocket.close" and ex.status is None:
-                    ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted
+            ex: Exchange | None = scope.get(SCOPE_KEY)
+            if ex is not None and not ex.finished:
+                await _Pass(self, ex, scope, receive, send, outermost=False).run()
+                return
+            # The outermost stack makes the exchange, and alone sees what really goes to the server.
+            ex = Exchange(scope, receive, self.clock, self.host, DEFAULT_STYLE)
+            scope[SCOPE_KEY] = ex
+            token = _CURRENT.set(ex)
             try:
-                await send(message)
-            except Exception:
-                ex.gone = ex.gone or not ex.done
-                raise
-            if last:
-                ex.done = True
-                ex.last_byte = ex.clock.monotonic()
-
-        try:
-            await _Pass(self, ex, scope, receive_and_watch, send_and_record).run()
-        finally:
-            ex.close()
-            try:  # noqa: SIM105  `suppress` costs half a microsecond
-                _CURRENT.reset(token)
-            except ValueError:
-                pass  # closed from another context, as an interrupted event loop does
+                await _Pass(self, ex, scope, _watched(ex, receive), send, outermost=True).run()
+            finally:
+                ex.close()
+                try:  # noqa: SIM105  `suppress` costs half a microsecond
+                    _CURRENT.reset(token)
+                except ValueError:
+                    pass  # closed from another context, as an interrupted event loop does
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         outside: frozenset[type] = scope.get(SCOPE_KEY) or frozenset()
@@ -228,27 +187,102 @@ class PolicyStack:
 class _Hold:
     """A response start that a policy keeps until it has seen the body, with the body messages so far."""
 
-    __slots__ = ("head", "length_known", "message", "messages", "size")
+    __slots__ = ("head", "length_known", "message", "messages", "size", "whole")
 
-    def __init__(self, message: Message, head: Head, length_known: bool) -> None:
+    def __init__(self, message: Message, head: Head) -> None:
         self.message = message
         self.head = head
-        self.length_known = length_known
+        self.length_known = head.get(b"content-length") is not None
         self.messages: list[Message] = []
         self.size = 0
+        self.whole = False
+
+    def gather(self, message: Message, bound: int) -> list[Message] | None:
+        """Add a body message; all messages so far when there is no more to wait for, else None."""
+        self.messages.append(message)
+        self.size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+        self.whole = not more and self.size <= bound
+        return None if more and self.length_known and self.size <= bound else self.messages
+
+    def body(self) -> bytes:
+        messages = self.messages
+        if len(messages) == 1:
+            body: bytes = messages[0].get("body", b"")
+            return body
+        return b"".join(message.get("body", b"") for message in messages)
+
+
+# A message on its way: from which level, and for a start its head, who held it, and the layers that are still to come.
+_Outgoing = tuple[Message, int, Head | None, int, "Sequence[_Layer] | None"]
+_NOTHING: list[_Outgoing] = []
+
+
+def _let_go(index: int, hold: _Hold, messages: Sequence[Message]) -> list[_Outgoing]:
+    """What layer `index` lets go, last first: the body messages and the start."""
+    outgoing: list[_Outgoing] = [(message, index + 1, None, -1, None) for message in reversed(messages)]
+    outgoing.append((hold.message, index + 1, hold.head, index, None))
+    return outgoing
+
+
+def _replaced(head: Head, body: bytes) -> Message:
+    """The body message for what `on_body` returned, with a head that agrees with it."""
+    if head.status in (204, 304):
+        head.remove(b"content-length")
+    elif head.get(b"content-length") is not None:
+        head.replace(b"content-length", b"%d" % len(body))
+    return {"type": _BODY, "body": body, "more_body": False}
+
+
+def _may_wait(message: Message, head: Head, bound: int) -> bool:
+    """Whether a start may wait for its body: only where nothing is delayed by it. Never an event stream; and without a
+    length it waits for the first body message only."""
+    if message["type"] != "http.response.start":
+        return False
+    if message.get("trailers"):
+        return False  # they would follow a body that is gone (RFC 9110 section 15.4.5)
+    media_type = length = None
+    for name, value in head.headers:
+        if name == b"content-type":
+            media_type = value if media_type is None else media_type
+        elif name == b"content-length":
+            length = value if length is None else length
+    if media_type is not None and media_type[:17].lower() == b"text/event-stream":
+        return False
+    return length is None or (length.isdigit() and len(length) < 20 and int(length) <= bound)
+
+
+def _watched(ex: Exchange, receive: Receive) -> Receive:
+    """What the application receives from: notices a client that leaves, replays a body that a policy has read."""
+
+    async def watched() -> Message:
+        replay = ex._replay  # noqa: SLF001
+        if replay is not None:
+            ex._replay = None  # noqa: SLF001
+            return replay
+        message = await receive()
+        kind = message["type"]
+        if (kind == "http.disconnect" or kind == "websocket.disconnect") and not ex.done:
+            ex.gone = True
+        return message
+
+    return watched
 
 
 class _Pass:
     """One exchange going through one stack."""
 
-    __slots__ = ("arounds", "ex", "held", "left", "receive", "scope", "send", "stack")
+    __slots__ = ("arounds", "ex", "held", "left", "outermost", "receive", "scope", "send", "stack")
 
-    def __init__(self, stack: PolicyStack, ex: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, stack: PolicyStack, ex: Exchange, scope: Scope, receive: Receive, send: Send, *, outermost: bool
+    ) -> None:
         self.stack = stack
         self.ex = ex
         self.scope = scope
         self.receive = receive
         self.send = send
+        self.outermost = outermost
         # The outermost policy that a response start (or a WebSocket close) has left outwards: only what is outside of
         # it may still answer an error. It only ever decreases.
         self.left = stack.depth
@@ -314,41 +348,99 @@ class _Pass:
     async def emit(self, message: Message, level: int = -1, head: Head | None = None, released: int = -1) -> None:
         """Carry a message out through the layers below `level` (default: from the application).
 
-        `head` and `released` go with a start that layer `released` held until now.
+        `head` and `released` go with a start that layer `released` held until now. What a policy lets go travels in
+        the same loop: one coroutine for each message of the application, whatever the number of policies.
         """
-        stack = self.stack
+        stack, ex = self.stack, self.ex
+        waiting: list[_Outgoing] = _NOTHING
+        rest: Sequence[_Layer] | None = None
         if level < 0:
             level = stack.depth
-        kind = message["type"]
-        if kind == _BODY:
-            if self.held:
-                await self._feed(message, level)
-                return
-            for watch in stack.chunks[level]:
-                watch(self.ex, message.get("body", b""))
-        elif kind in _STARTS:
-            rest: Sequence[_Layer] | None = stack.starts[level]
-            if rest:
-                if head is None:
-                    head = Head(message.get("status", 101), message.get("headers") or ())
-                if kind == "websocket.accept":
-                    message, rest = self._accept(message, head, rest), ()
+        while True:
+            kind = message["type"]
+            through = True
+            if kind == _BODY:
+                if self.held:
+                    layer = self._taker(message, level)
+                    if layer is not None:
+                        through = False
+                        hold = self.held[layer.index]
+                        messages = hold.gather(message, layer.bound)
+                        if messages is not None:
+                            del self.held[layer.index]
+                            if hold.whole:
+                                body = layer.on_body(ex, hold.head, hold.body())
+                                if body is not None and not isinstance(body, bytes):
+                                    body = await body
+                                if body is not None:
+                                    messages = [_replaced(hold.head, body)]
+                            waiting = [*waiting, *_let_go(layer.index, hold, messages)]
                 else:
-                    while rest:
+                    for watch in stack.chunks[level]:
+                        watch(ex, message.get("body", b""))
+            elif kind in _STARTS:
+                if rest is None:
+                    rest = stack.starts[level]
+                if rest:
+                    if head is None:
+                        head = Head(message.get("status", 101), message.get("headers") or ())
+                    if kind == "websocket.accept":
+                        message = self._accept(message, head, rest)
+                    else:
                         rest = self._decorate(message, head, rest, released)
                         if rest is None:
-                            return
-                        if rest:
-                            # A second start meets a policy that still holds the first.
-                            await self._release(rest[0].index)
-                    message = {**message, "status": head.status, "headers": head.headers}
-            self.left = 0
-        else:
-            if self.held:
-                await self._release_all(level)
-            if kind == "websocket.close":
-                self.left = 0
-        await self.send(message)
+                            through = False
+                        elif rest:
+                            # A second start meets a policy that still holds the first, which goes first.
+                            through = False
+                            hold = self.held.pop(rest[0].index)
+                            later = (message, level, head, released, rest)
+                            waiting = [*waiting, later, *_let_go(rest[0].index, hold, hold.messages)]
+                        else:
+                            message = {**message, "status": head.status, "headers": head.headers}
+                if through:
+                    self.left = 0
+            else:
+                held = max([index for index in self.held if index < level], default=-1) if self.held else -1
+                if held >= 0:
+                    # Any other message: whatever is held on its way goes first.
+                    through = False
+                    hold = self.held.pop(held)
+                    waiting = [*waiting, (message, level, None, -1, None), *_let_go(held, hold, hold.messages)]
+                elif kind == "websocket.close":
+                    self.left = 0
+            if through:
+                last = self.outermost and self._record(message, kind)
+                try:
+                    await self.send(message)
+                except Exception:
+                    if self.outermost:
+                        ex.gone = ex.gone or not ex.done
+                    raise
+                if last:
+                    ex.done = True
+                    ex.last_byte = ex.clock.monotonic()
+            if not waiting:
+                return
+            message, level, head, released, rest = waiting.pop()
+
+    def _record(self, message: Message, kind: str) -> bool:
+        """Note what goes to the server; whether it is the last that the client waits for."""
+        ex = self.ex
+        if kind == _BODY:
+            ex.sent_bytes += len(message.get("body", b""))
+            return not message.get("more_body", False)
+        if kind in _STARTS:
+            ex.status = message.get("status", 101)
+            ex.first_byte = ex.clock.monotonic()
+            return False
+        if kind == "websocket.close":
+            if ex.status is None:
+                ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted
+            return True
+        return kind == "http.response.pathsend" or (
+            kind == "websocket.http.response.body" and not message.get("more_body", False)
+        )
 
     def _decorate(
         self, message: Message, head: Head, layers: Sequence[_Layer], released: int
@@ -358,17 +450,23 @@ class _Pass:
         The layers from one on that holds another start already are returned unvisited.
         """
         ex, held = self.ex, self.held
-        for place, layer in enumerate(layers):
-            index = layer.index
+        index = self.left
+        try:
+            for place, layer in enumerate(layers):
+                index = layer.index
+                if layer.on_body is not None and index != released:
+                    if index in held:
+                        return layers[place:]
+                    if layer.wants_body(ex, head) and _may_wait(message, head, layer.bound):
+                        held[index] = _Hold(message, head)
+                        return None
+                if layer.on_response is not None:
+                    layer.on_response(ex, head)
+            index = -1
+        finally:
+            # Wherever it stopped, it has left the policies inside of there.
             if self.left > index + 1:
                 self.left = index + 1
-            if layer.on_body is not None and index != released:
-                if index in held:
-                    return layers[place:]
-                if layer.wants_body(ex, head) and self._hold(layer, message, head):
-                    return None
-            if layer.on_response is not None:
-                layer.on_response(ex, head)
         return ()
 
     def _accept(self, message: Message, head: Head, layers: Sequence[_Layer]) -> Message:
@@ -384,77 +482,14 @@ class _Pass:
                     head = Head(101, message.get("headers") or ())
         return message if old else {**message, "headers": head.headers}
 
-    def _hold(self, layer: _Layer, message: Message, head: Head) -> bool:
-        """Keep the start back for `on_body`, but only where nothing is delayed by it: never an event stream, and at
-        most until the first body message when the length is unknown."""
-        if message["type"] != "http.response.start":
-            return False
-        if message.get("trailers"):
-            return False  # they would follow a body that is gone (RFC 9110 section 15.4.5)
-        media_type = length = None
-        for name, value in head.headers:
-            if name == b"content-type":
-                media_type = value if media_type is None else media_type
-            elif name == b"content-length":
-                length = value if length is None else length
-        if media_type is not None and media_type[:17].lower() == b"text/event-stream":
-            return False
-        if length is not None and not (length.isdigit() and len(length) < 20 and int(length) <= layer.bound):
-            return False
-        self.held[layer.index] = _Hold(message, head, length is not None)
-        return True
-
-    async def _feed(self, message: Message, level: int) -> None:
-        """A body message while some policy holds the start."""
-        body = message.get("body", b"")
+    def _taker(self, message: Message, level: int) -> _Layer | None:
+        """The policy whose hold a body message from `level` completes; policies inside of it watch it pass."""
         for layer in self.stack.bodies[level]:
-            hold = self.held.get(layer.index)
-            if hold is None:
-                if layer.on_chunk is not None:
-                    layer.on_chunk(self.ex, body)
-                continue
-            hold.messages.append(message)
-            hold.size += len(body)
-            more = message.get("more_body", False)
-            if hold.size > layer.bound or (more and not hold.length_known):
-                await self._release(layer.index)
-            elif not more:
-                await self._complete(layer, hold)
-            return
-        await self.send(message)
-
-    async def _complete(self, layer: _Layer, hold: _Hold) -> None:
-        """The body that `layer` waited for is whole."""
-        index, head, messages = layer.index, hold.head, hold.messages
-        del self.held[index]
-        body = messages[0].get("body", b"") if len(messages) == 1 else b"".join(m.get("body", b"") for m in messages)
-        result = layer.on_body(self.ex, head, body)
-        if result is not None and not isinstance(result, bytes):
-            result = await result
-        if result is not None:
-            if head.status in (204, 304):
-                head.remove(b"content-length")
-            elif head.get(b"content-length") is not None:
-                head.replace(b"content-length", b"%d" % len(result))
-            messages = [{"type": _BODY, "body": result, "more_body": False}]
-        await self.emit(hold.message, index + 1, head, index)
-        for message in messages:
-            await self.emit(message, index + 1)
-
-    async def _release(self, index: int) -> None:
-        """Let go unchanged what layer `index` holds; a policy further out may take it over."""
-        hold = self.held.pop(index)
-        await self.emit(hold.message, index + 1, hold.head, index)
-        for message in hold.messages:
-            await self.emit(message, index + 1)
-
-    async def _release_all(self, level: int) -> None:
-        """Any other message: whatever is held on its way goes first."""
-        while True:
-            index = max((index for index in self.held if index < level), default=-1)
-            if index < 0:
-                return
-            await self._release(index)
+            if layer.index in self.held:
+                return layer
+            if layer.on_chunk is not None:
+                layer.on_chunk(self.ex, message.get("body", b""))
+        return None
 
     async def _reply(self, answer: Problem | Reply, level: int) -> None:
         """Send a whole response from `level` outwards."""
@@ -472,6 +507,13 @@ class _Pass:
                 return
         await self.emit({"type": f"{kind}.start", "status": status, "headers": headers}, level)
         await self.emit({"type": f"{kind}.body", "body": body, "more_body": False}, level)
+
+    async def _release(self, index: int) -> None:
+        """Let go unchanged what layer `index` holds; a policy further out may take it over."""
+        hold = self.held.pop(index)
+        await self.emit(hold.message, index + 1, hold.head, index)
+        for message in hold.messages:
+            await self.emit(message, index + 1)
 
     # --- unwinding -------------------------------------------------------------------------------------------------
 
