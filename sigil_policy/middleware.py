@@ -40,7 +40,7 @@ def as_middleware(policy: Callable[Options, Policy]) -> Callable[Concatenate[App
     name = getattr(policy, "__name__", "Policy")
     PolicyMiddleware.__name__ = PolicyMiddleware.__qualname__ = f"{name}Middleware"
     PolicyMiddleware.__doc__ = policy.__doc__
-    return PolicyMiddleware
+    return PolicyMiddleware  # type: ignore[return-value]  # `app` has a name: some frameworks pass it by that
 
 
 AccessLogMiddleware = as_middleware(AccessLog)

@@ -8,7 +8,7 @@ Facts are small immutable values. A policy that gives one names it in `gives`, o
 or `reads`: the order of a stack is checked from these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -104,9 +104,25 @@ class WindowState(NamedTuple):
     seconds: int
 
 
-class Quota(NamedTuple):
-    """What the caller may still do. Given by `RateLimit` to every exchange that it counted."""
+class Quota:
+    """What the caller may still do. Given by `RateLimit` to every exchange that it counted.
 
-    tier: str
-    requests: tuple[WindowState, ...]
-    tokens: tuple[WindowState, ...]
+    `tier` is the caller's, `requests` and `tokens` are its windows: made when somebody asks.
+    """
+
+    __slots__ = ("_windows", "tier")
+
+    def __init__(self, tier: str, windows: Callable[[], tuple[WindowState, ...]]) -> None:
+        self.tier = tier
+        self._windows = windows
+
+    @property
+    def requests(self) -> tuple[WindowState, ...]:
+        return tuple(window for window in self._windows() if window.unit == "requests")
+
+    @property
+    def tokens(self) -> tuple[WindowState, ...]:
+        return tuple(window for window in self._windows() if window.unit == "tokens")
+
+    def __repr__(self) -> str:
+        return f"Quota({self.tier!r}, {list(self._windows())})"

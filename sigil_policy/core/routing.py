@@ -10,8 +10,9 @@ The most specific rule wins, segment by segment from the left: a literal before 
 that names the method before one that does not. The order in which rules are written does not matter.
 
 Paths are compared as the application's router sees them (decoded, after `root_path`); empty segments are dropped, so
-neither `//` nor a trailing slash dodges a rule, and a path with a dot segment matches no rule at all, so that
-`/public/../admin` never gets the setting of `/public/**`.
+neither `//` nor a trailing slash dodges a rule. Nor does a line feed at the end, which Starlette's routes overlook. A
+path with a dot segment matches no rule at all, so that `/public/../admin` never gets the setting of `/public/**`;
+what must not be reached that way looks at `has_dot_segment`.
 
 Matching walks one dictionary per segment: ten thousand routes cost what ten cost.
 """
@@ -30,6 +31,11 @@ _END, _LITERAL, _ONE, _ANY = 3, 2, 1, 0
 
 Settings = Mapping[int, Any]
 _NOTHING: Settings = MappingProxyType({})
+
+
+def has_dot_segment(path: str) -> bool:
+    """Whether a segment of `path` is `.` or `..`, which some applications resolve and others take as a name."""
+    return "/." in path and not {".", ".."}.isdisjoint(path.split("/"))
 
 
 class Route(NamedTuple):
@@ -132,8 +138,11 @@ class RouteMatcher:
         self._start = _compile((root,), (), {})
 
     def match(self, method: str, path: str) -> Settings:
-        if "/." in path and not {".", ".."}.isdisjoint(path.split("/")):
+        if has_dot_segment(path):
             return _NOTHING
+        if path[-1:] == "\n":
+            # `$` in a regular expression, with which Starlette ends every route, matches in front of it.
+            path = path[:-1]
         state = self._start
         for segment in path.split("/"):
             if segment:

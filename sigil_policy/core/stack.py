@@ -107,9 +107,11 @@ class PolicyStack:
 
     def _compile(self) -> None:
         """Everything that can be known before the first exchange."""
-        layers = [_Layer(index, policy) for index, policy in enumerate(self.policies)]
+        self.layers = layers = [_Layer(index, policy) for index, policy in enumerate(self.policies)]
         self.depth = len(layers)
-        self.entries = [layer for layer in layers if layer.on_request or layer.around]
+        self.entries = [
+            (layer.index, layer.on_request, layer.around) for layer in layers if layer.on_request or layer.around
+        ]
         # Indexed by the level a message comes from: the layers outside of it that may act, innermost first.
         levels = range(self.depth + 1)
 
@@ -117,7 +119,13 @@ class PolicyStack:
             acting = [layer for layer in layers[:level] if any(getattr(layer, hook) for hook in hooks)]
             return tuple(reversed(acting))
 
-        self.starts = [outside(level, "on_response", "on_body") for level in levels]
+        self.starts = [
+            tuple(
+                (layer.index, layer.wants_body if layer.on_body else None, layer.on_response)
+                for layer in outside(level, "on_response", "on_body")
+            )
+            for level in levels
+        ]
         self.bodies = [outside(level, "on_body", "on_chunk") for level in levels]
         self.chunks = [tuple(layer.on_chunk for layer in outside(level, "on_chunk")) for level in levels]
         self.finishes = [outside(level, "on_finish") for level in levels]
@@ -135,14 +143,14 @@ class PolicyStack:
         else:
             ex: Exchange | None = scope.get(SCOPE_KEY)
             if ex is not None and not ex.finished:
-                await _Pass(self, ex, scope, receive, send, outermost=False).run()
+                await _Pass(self, ex, scope, receive, send, False).run()
                 return
             # The outermost stack makes the exchange, and alone sees what really goes to the server.
             ex = Exchange(scope, receive, self.clock, self.host, DEFAULT_STYLE)
             scope[SCOPE_KEY] = ex
             token = _CURRENT.set(ex)
             try:
-                await _Pass(self, ex, scope, _watched(ex, receive), send, outermost=True).run()
+                await _Pass(self, ex, scope, _watched(ex, receive), send, True).run()
             finally:
                 ex.close()
                 try:  # noqa: SIM105  `suppress` costs half a microsecond
@@ -189,10 +197,10 @@ class _Hold:
 
     __slots__ = ("head", "length_known", "message", "messages", "size", "whole")
 
-    def __init__(self, message: Message, head: Head) -> None:
+    def __init__(self, message: Message, head: Head, length_known: bool) -> None:
         self.message = message
         self.head = head
-        self.length_known = head.get(b"content-length") is not None
+        self.length_known = length_known
         self.messages: list[Message] = []
         self.size = 0
         self.whole = False
@@ -213,15 +221,15 @@ class _Hold:
         return b"".join(message.get("body", b"") for message in messages)
 
 
-# A message on its way: from which level, and for a start its head, who held it, and the layers that are still to come.
-_Outgoing = tuple[Message, int, Head | None, int, "Sequence[_Layer] | None"]
+# A message on its way: from which level, and for a start that was held its head and who held it.
+_Outgoing = tuple[Message, int, Head | None, int]
 _NOTHING: list[_Outgoing] = []
 
 
 def _let_go(index: int, hold: _Hold, messages: Sequence[Message]) -> list[_Outgoing]:
     """What layer `index` lets go, last first: the body messages and the start."""
-    outgoing: list[_Outgoing] = [(message, index + 1, None, -1, None) for message in reversed(messages)]
-    outgoing.append((hold.message, index + 1, hold.head, index, None))
+    outgoing: list[_Outgoing] = [(message, index + 1, None, -1) for message in reversed(messages)]
+    outgoing.append((hold.message, index + 1, hold.head, index))
     return outgoing
 
 
@@ -234,22 +242,21 @@ def _replaced(head: Head, body: bytes) -> Message:
     return {"type": _BODY, "body": body, "more_body": False}
 
 
-def _may_wait(message: Message, head: Head, bound: int) -> bool:
-    """Whether a start may wait for its body: only where nothing is delayed by it. Never an event stream; and without a
-    length it waits for the first body message only."""
+def _hold(message: Message, head: Head, bound: int) -> _Hold | None:
+    """Keep a start back for its body, but only where nothing is delayed by it: never an event stream, and without a
+    length only until the first body message."""
     if message["type"] != "http.response.start":
-        return False
+        return None
     if message.get("trailers"):
-        return False  # they would follow a body that is gone (RFC 9110 section 15.4.5)
-    media_type = length = None
-    for name, value in head.headers:
-        if name == b"content-type":
-            media_type = value if media_type is None else media_type
-        elif name == b"content-length":
-            length = value if length is None else length
+        return None  # they would follow a body that is gone (RFC 9110 section 15.4.5)
+    fields = dict(reversed(head.headers))
+    media_type = fields.get(b"content-type")
     if media_type is not None and media_type[:17].lower() == b"text/event-stream":
-        return False
-    return length is None or (length.isdigit() and len(length) < 20 and int(length) <= bound)
+        return None
+    length = fields.get(b"content-length")
+    if length is not None and not (length.isdigit() and len(length) < 20 and int(length) <= bound):
+        return None
+    return _Hold(message, head, length is not None)
 
 
 def _watched(ex: Exchange, receive: Receive) -> Receive:
@@ -275,7 +282,7 @@ class _Pass:
     __slots__ = ("arounds", "ex", "held", "left", "outermost", "receive", "scope", "send", "stack")
 
     def __init__(
-        self, stack: PolicyStack, ex: Exchange, scope: Scope, receive: Receive, send: Send, *, outermost: bool
+        self, stack: PolicyStack, ex: Exchange, scope: Scope, receive: Receive, send: Send, outermost: bool
     ) -> None:
         self.stack = stack
         self.ex = ex
@@ -292,33 +299,32 @@ class _Pass:
     async def run(self) -> None:
         stack, ex = self.stack, self.ex
         error: BaseException | None = None
-        entered = origin = 0
+        origin = 0
         try:
             self._prepare()
-            for layer in stack.entries:
-                # A policy is entered once its turn comes, also if its own hook raises.
-                origin = layer.index
-                entered = origin + 1
-                if layer.on_request is not None:
-                    answer = layer.on_request(ex)
+            for origin, on_request, around in stack.entries:
+                if on_request is not None:
+                    answer = on_request(ex)
                     if answer is not None:
                         answer = await _settled(answer)
                         if answer is not None:
                             # Seen by the policies outside only: never by this one's own hooks or `around`.
                             if answer.status >= 400 and ex.refused_by is None:
-                                ex.refused_by = layer.name
+                                ex.refused_by = stack.layers[origin].name
                             await self._reply(answer, origin)
                             break
-                if layer.around is not None:
-                    around = layer.around(ex)
-                    if around is not None:
-                        await around.__aenter__()
-                        self.arounds[origin] = around
+                if around is not None:
+                    context = around(ex)
+                    if context is not None:
+                        await context.__aenter__()
+                        self.arounds[origin] = context
             else:
-                entered = origin = stack.depth
+                origin = stack.depth
                 await stack.app(self.scope, self.receive, self.emit)
         except BaseException as raised:
             error = raised
+        # A policy is entered once its turn comes, also if its own hook raises.
+        entered = min(origin + 1, stack.depth)
         if error is None and not self.held and not self.arounds:
             for layer in stack.finishes[entered]:
                 waiting = self._finish(layer)
@@ -340,7 +346,9 @@ class _Pass:
         ex._given = ex._given | stack.gives if ex._given else stack.gives  # noqa: SLF001
         ex._scope = self.scope  # noqa: SLF001  a mount gives its application a copy
         if stack.matcher is not None:
-            found = stack.matcher.match(ex.method, _local_path(self.scope))
+            scope = self.scope
+            path = _local_path(scope) if scope.get("root_path") else scope["path"]
+            found = stack.matcher.match(ex.method, path)
             ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
 
     # --- outwards --------------------------------------------------------------------------------------------------
@@ -353,7 +361,6 @@ class _Pass:
         """
         stack, ex = self.stack, self.ex
         waiting: list[_Outgoing] = _NOTHING
-        rest: Sequence[_Layer] | None = None
         if level < 0:
             level = stack.depth
         while True:
@@ -379,25 +386,23 @@ class _Pass:
                     for watch in stack.chunks[level]:
                         watch(ex, message.get("body", b""))
             elif kind in _STARTS:
-                if rest is None:
-                    rest = stack.starts[level]
-                if rest:
+                if stack.starts[level]:
                     if head is None:
                         head = Head(message.get("status", 101), message.get("headers") or ())
                     if kind == "websocket.accept":
-                        message = self._accept(message, head, rest)
+                        message = self._accept(message, head, level)
                     else:
-                        rest = self._decorate(message, head, rest, released)
-                        if rest is None:
-                            through = False
-                        elif rest:
-                            # A second start meets a policy that still holds the first, which goes first.
-                            through = False
-                            hold = self.held.pop(rest[0].index)
-                            later = (message, level, head, released, rest)
-                            waiting = [*waiting, later, *_let_go(rest[0].index, hold, hold.messages)]
-                        else:
+                        stopped = self._decorate(message, head, level, released)
+                        if stopped < 0:
                             message = {**message, "status": head.status, "headers": head.headers}
+                        else:
+                            through = False
+                            hold = self.held[stopped]
+                            if hold.message is not message:
+                                # A second start meets a policy that still holds the first, which goes first.
+                                del self.held[stopped]
+                                later = (message, stopped + 1, head, released)
+                                waiting = [*waiting, later, *_let_go(stopped, hold, hold.messages)]
                 if through:
                     self.left = 0
             else:
@@ -406,7 +411,7 @@ class _Pass:
                     # Any other message: whatever is held on its way goes first.
                     through = False
                     hold = self.held.pop(held)
-                    waiting = [*waiting, (message, level, None, -1, None), *_let_go(held, hold, hold.messages)]
+                    waiting = [*waiting, (message, level, None, -1), *_let_go(held, hold, hold.messages)]
                 elif kind == "websocket.close":
                     self.left = 0
             if through:
@@ -416,13 +421,15 @@ class _Pass:
                 except Exception:
                     if self.outermost:
                         ex.gone = ex.gone or not ex.done
+                        if kind == _BODY:
+                            ex.sent_bytes -= len(message.get("body", b""))  # nobody got it
                     raise
                 if last:
                     ex.done = True
                     ex.last_byte = ex.clock.monotonic()
             if not waiting:
                 return
-            message, level, head, released, rest = waiting.pop()
+            message, level, head, released = waiting.pop()
 
     def _record(self, message: Message, kind: str) -> bool:
         """Note what goes to the server; whether it is the last that the client waits for."""
@@ -442,41 +449,37 @@ class _Pass:
             kind == "websocket.http.response.body" and not message.get("more_body", False)
         )
 
-    def _decorate(
-        self, message: Message, head: Head, layers: Sequence[_Layer], released: int
-    ) -> Sequence[_Layer] | None:
-        """Run the head through `layers`: () when it is through, None when one holds it now.
-
-        The layers from one on that holds another start already are returned unvisited.
-        """
-        ex, held = self.ex, self.held
-        index = self.left
+    def _decorate(self, message: Message, head: Head, level: int, released: int) -> int:
+        """Run the head outwards from `level`; the layer that holds a start there and stops this one, or -1."""
+        ex = self.ex
+        index = level
         try:
-            for place, layer in enumerate(layers):
-                index = layer.index
-                if layer.on_body is not None and index != released:
-                    if index in held:
-                        return layers[place:]
-                    if layer.wants_body(ex, head) and _may_wait(message, head, layer.bound):
-                        held[index] = _Hold(message, head)
-                        return None
-                if layer.on_response is not None:
-                    layer.on_response(ex, head)
+            for index, wants_body, on_response in self.stack.starts[level]:
+                if wants_body is not None and index != released:
+                    if index in self.held:
+                        return index
+                    if wants_body(ex, head):
+                        hold = _hold(message, head, self.stack.layers[index].bound)
+                        if hold is not None:
+                            self.held[index] = hold
+                            return index
+                if on_response is not None:
+                    on_response(ex, head)
             index = -1
         finally:
             # Wherever it stopped, it has left the policies inside of there.
             if self.left > index + 1:
                 self.left = index + 1
-        return ()
+        return -1
 
-    def _accept(self, message: Message, head: Head, layers: Sequence[_Layer]) -> Message:
-        """Run `websocket.accept` through `layers`. What cannot be said of it must not reach the policies outside."""
+    def _accept(self, message: Message, head: Head, level: int) -> Message:
+        """Run `websocket.accept` outwards. What cannot be said of it must not reach the policies outside either."""
         ex = self.ex
         old = _websocket_version(self.scope) < (2, 1)  # before 2.1 an accept had no headers
-        for layer in layers:
-            self.left = min(self.left, layer.index + 1)
-            if layer.on_response is not None:
-                layer.on_response(ex, head)
+        for index, _, on_response in self.stack.starts[level]:
+            self.left = min(self.left, index + 1)
+            if on_response is not None:
+                on_response(ex, head)
                 head.status = 101
                 if old:
                     head = Head(101, message.get("headers") or ())
@@ -628,8 +631,8 @@ async def _settled(answer: Any) -> Answer:
 def _local_path(scope: Scope) -> str:
     """The path as the application's router sees it: after `root_path` (ASGI `path` includes it)."""
     path: str = scope["path"]
-    root: str = scope.get("root_path") or ""
-    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+    root: str = scope["root_path"]
+    if path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
         return path[len(root) :]
     return path
 

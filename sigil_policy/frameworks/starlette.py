@@ -9,6 +9,7 @@ FastAPI is never imported from here; what is needed of it is looked up only wher
 * The name of a route is its whole template, with the prefixes of included routers and mounts.
 """
 
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from sigil_policy.core.host import Host
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Problem, Reply
 from sigil_policy.policies.problems import Problems, from_http_error, from_validation_errors
+
+logger = logging.getLogger("sigil_policy")
 
 _DEEPEST = 100  # middlewares or mounts: a bound against applications that contain themselves
 
@@ -63,6 +66,8 @@ class StarletteHost(Host):
     def answer(self, ex: Exchange, error: Exception) -> Awaitable[Reply | None] | None:
         if isinstance(error, HTTPException):
             return _http_error(ex, error)
+        if ex.kind != "http":
+            return None  # a handler takes a Request; Starlette calls none for a WebSocket either
         handlers = getattr(ex.scope.get("app"), "exception_handlers", None) or {}
         handler = None
         for key, value in handlers.items():
@@ -91,17 +96,26 @@ async def _call(handler: Callable[..., Any], ex: Exchange, error: Exception) -> 
         return None
     start: dict[str, Any] = {}
     parts: list[bytes] = []
+    complete = False
 
     async def collect(message: dict[str, Any]) -> None:
+        nonlocal complete
         if message["type"].endswith(".start"):
             start.update(message)
         else:
             parts.append(message.get("body", b""))
+            complete = not message.get("more_body", False)
 
     async def nothing() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    await response(ex.scope, nothing, collect)
+    try:
+        await response(ex.scope, nothing, collect)
+    except Exception:
+        if not complete:
+            raise
+        # A background task; the client is answered all the same.
+        logger.exception("what follows the answer to an unhandled error failed")
     if not start:
         return None
     return Reply(

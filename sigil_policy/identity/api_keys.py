@@ -261,10 +261,20 @@ class FileApiKeyStore:
     async def _reload(self, version: tuple[int, ...] | None, key_id: str) -> ApiKeyRecord | None:
         self._version = version
         try:
-            self._records, self._fault = await to_thread.run_sync(self._read), None
-        except (OSError, ValueError) as error:
+            records = await to_thread.run_sync(self._read)
+        except ValueError as error:
             self._fault = error
             raise
+        except BaseException as error:
+            # Nobody knows yet what the file says: a caller that left while it was read, or a machine out of file
+            # handles, must not make that last until the next change.
+            self._version = _UNKNOWN
+            if isinstance(error, OSError):
+                self._fault = error
+            raise
+        # A read that took so long that a later one was begun, and maybe ended, has nothing to say any more.
+        if self._version is version:
+            self._records, self._fault = records, None
         return self._records.get(key_id)
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -295,3 +305,4 @@ class FileApiKeyStore:
 
 
 _RECORD = TypeAdapter(ApiKeyRecord)
+_UNKNOWN = (-1,)  # no file's version

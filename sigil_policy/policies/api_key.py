@@ -154,8 +154,6 @@ class ApiKeyAuth(Policy):
             return self._without_key(ex)
         if (b"authorization" if as_bearer else self._header) in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one credential of a kind")
-        if ex.principal is not None:
-            return None
         refusal = self._invalid_token if as_bearer else self._challenge
         name = key_id(presented)
         if name is None:
@@ -175,7 +173,11 @@ class ApiKeyAuth(Policy):
         same = compare_digest(digest, _NO_DIGEST if record is None else record.digest_bytes)
         if record is None or not same or record.is_expired(ex.clock.time()):
             return KEY_INVALID("The API key is not valid", headers=refusal)
-        ex.authenticate(record.principal(self.realm))
+        principal, known = record.principal(self.realm), ex.principal
+        # What an outer policy has accepted is asked again here: this store may know fewer keys. Where both agree, the
+        # outer one's answer stays, with what others have made of it since.
+        if known is None or known.key != principal.key or known.scopes != principal.scopes:
+            ex.authenticate(principal)
         return None
 
     def _from_bearer(self, authorization: bytes | None) -> bytes | None:

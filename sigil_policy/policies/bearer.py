@@ -141,8 +141,6 @@ class BearerAuth(Policy):
             return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
         if b"authorization" in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one Authorization header")
-        if ex.principal is not None:
-            return None
         if len(value) > _MAX_VALUE:
             return self._verify(ex, value, None)
         # What is remembered is the whole field value: a token that is known needs no parsing at all.
@@ -150,7 +148,10 @@ class BearerAuth(Policy):
         principal = self._cache.get(digest, ex.clock.time())
         if principal is None:
             return self._verify(ex, value, digest)
-        ex.authenticate(principal)
+        if ex.principal is None:
+            ex.authenticate(principal)
+        else:
+            _accept_again(ex, principal)
         return None
 
     def _verify(self, ex: Exchange, value: bytes, digest: bytes | None) -> Problem | None:
@@ -170,7 +171,7 @@ class BearerAuth(Policy):
             return self._refused()
         if digest is not None:
             self._cache.put(digest, verified)
-        ex.authenticate(verified.principal)
+        _accept_again(ex, verified.principal)
         return None
 
     def _without_token(self, ex: Exchange) -> Problem | None:
@@ -188,3 +189,11 @@ class BearerAuth(Policy):
 
     def _bad_request(self, problem_type: ProblemType, detail: str) -> Problem:
         return problem_type(detail, headers=self._invalid_request)
+
+
+def _accept_again(ex: Exchange, principal: Principal) -> None:
+    """What an outer policy has accepted is verified here too: this one may trust fewer issuers. Where both agree, the
+    outer one's answer stays, with what others have made of it since."""
+    known = ex.principal
+    if known is None or known.key != principal.key or known.scopes != principal.scopes:
+        ex.authenticate(principal)

@@ -22,6 +22,7 @@ Rejected input is never repeated to the client.
 Goes inside RequestID (so that the unhandled 500 carries the id) and outside everything that may fail.
 """
 
+import re
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -38,6 +39,9 @@ from sigil_policy.core.problems import Problem, ProblemStyle, Reply
 _BARE_500 = b"Internal Server Error"
 _CHALLENGE = (b"www-authenticate", b'Bearer realm="api"')
 _MOST_ERRORS = 100
+_MOST_PIECES = 200
+_LONGEST_TEXT = 1_000
+_LARGEST_PIECE = 10**300
 _FRAGMENT = "~!$&'()*+,;=:@-._"  # what a URI fragment may hold as it is, besides "/" (RFC 3986 section 3.5)
 _WHERE = {"query": "query", "path": "path", "header": "header", "cookie": "cookie"}
 
@@ -164,6 +168,28 @@ def _message(error: Mapping[str, Any]) -> str:
         text = text.removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if kind not in ("value_error", "assertion_error"):
             return "Invalid value"  # these texts repeat what was sent
-        if isinstance(given, str) and len(given) > 2:
-            text = text.replace(given, "…").replace(repr(given)[1:-1], "…")
+        return _without(text, given)[:500]
     return text[:500]
+
+
+def _without(text: str, given: object) -> str:
+    """A text that a validator wrote, without what was sent: the value, or, of a whole object, any of its values."""
+    pieces: set[str] = set()
+    waiting: list[object] = [given]
+    for _ in range(_MOST_PIECES):
+        if not waiting:
+            break
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+            waiting.extend(value)
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting.extend(value)
+        elif isinstance(value, str):
+            pieces.update((value, value.strip(), repr(value)[1:-1]))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_PIECE:
+            pieces.add(str(value))
+    if waiting or len(text) > _LONGEST_TEXT:
+        return "Invalid value"  # too much to look through
+    found = sorted((re.escape(piece) for piece in pieces if 2 < len(piece) <= len(text)), key=len, reverse=True)
+    return re.sub("|".join(found), "…", text, flags=re.IGNORECASE) if found else text

@@ -44,7 +44,7 @@ import json
 import random
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Network
 from math import ceil
@@ -85,8 +85,6 @@ _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _X_FIELDS = (b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-ratelimit-window")
 _FIELDS = frozenset((*_X_FIELDS, b"ratelimit", b"ratelimit-policy"))
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# What `WindowState(...)` does, in half the time.
-_new = tuple.__new__
 
 
 def by_principal(ex: Exchange) -> str | None:
@@ -272,10 +270,12 @@ class _Face:
             pairs += [self.policy_pair, (b"ratelimit", template % remaining)]
         return pairs
 
-    def quota(self, decision: Decision) -> Quota:
+    def windows(self, decision: Decision) -> tuple[WindowState, ...]:
         rows = zip(self.fixed, decision.remaining, decision.reset, strict=True)
-        windows = [_new(WindowState, (name, unit, limit, r, at, sec)) for (name, unit, limit, sec), r, at in rows]
-        return _new(Quota, (self.plan.name, tuple(windows[: self.split]), tuple(windows[self.split :])))
+        return tuple(WindowState(name, unit, limit, r, at, sec) for (name, unit, limit, sec), r, at in rows)
+
+    def quota(self, decision: Decision) -> Quota:
+        return Quota(self.plan.name, partial(self.windows, decision))
 
 
 def _seconds(wait: float) -> int:
@@ -598,7 +598,7 @@ class RateLimit(Policy):
         if head.status in _REDIRECTS and not self.on_redirects:
             return
         pairs = face.pairs(decision, now, face.headline)
-        if _FIELDS.isdisjoint([name for name, _ in headers]):
+        if _FIELDS.isdisjoint(dict(headers)):
             headers += pairs
         else:
             _merge(head, pairs, face)

@@ -11,26 +11,30 @@
     )
 
 A route that is not listed takes an authenticated caller, and no scope: what was forgotten is closed. Public routes are
-listed; CORS preflights pass, because a browser sends them without credentials, and nothing else does. Nobody gets
-401 with every challenge that the auth policies outside offered, somebody with too few scopes 403 `insufficient_scope`,
-with what is required. Scopes are compared exactly, in any order.
+listed; CORS preflights pass, because a browser sends them without credentials, and nothing else does. Anybody can send
+what looks like one: where the application does more with `OPTIONS` than answer it, a rule that names that method
+(`"OPTIONS /v7/jobs": "jobs:read"`) takes the preflights of the route too. A path with a dot segment is refused with
+400, except to the superscope: nobody can tell what the application makes of it. Nobody gets 401 with every challenge
+that the auth policies outside offered, somebody with too few scopes 403 `insufficient_scope`, with what is required.
+Scopes are compared exactly, in any order.
 
 Goes inside `BearerAuth` and `ApiKeyAuth`, outside `RateLimit` and whatever works on behalf of the caller. RFC 6750
 section 3.1, RFC 6749 section 3.3.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT
+from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT, http_problem
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal, Public
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Problem
-from sigil_policy.core.routing import parse_route
+from sigil_policy.core.routing import has_dot_segment, parse_route
 from sigil_policy.identity.challenges import Challenges, challenge_line, is_preflight
 from sigil_policy.identity.fields import Scope
 from sigil_policy.wire.authorization import challenge, is_scope_token, split_scopes
@@ -97,9 +101,10 @@ class Scopes(Policy):
 
         Scopes(routes={"GET /v7/agents": "agents:read"}, public=["GET /health"])
 
-    Answers 401 `AUTH_001` to nobody, and 403 `AUTH_004` with `required_scopes` and `missing_scopes` to somebody with
-    too few scopes. Gives `Public` on public routes. Raises `ValidationError` (a `ValueError`) for a scope that cannot
-    be one, a route that is none, and a route that is both public and not.
+    Answers 401 `AUTH_001` to nobody, 403 `AUTH_004` with `required_scopes` and `missing_scopes` to somebody with too
+    few scopes, and 400 `REQ_400` to a path with a dot segment. Gives `Public` on public routes. Raises
+    `ValidationError` (a `ValueError`) for a scope that cannot be one, a route that is none, and a route that is both
+    public and not.
     """
 
     needs: ClassVar[tuple[type, ...]] = (Principal,)
@@ -124,12 +129,13 @@ class Scopes(Policy):
 
     @model_validator(mode="after")
     def _prepare(self) -> "Scopes":
-        _ = self._table
+        _ = self._table, self._preflights_too
         return self
 
     @cached_property
     def _table(self) -> Mapping[str, AllOf | AnyOf | Public]:
-        table: dict[str, Any] = dict(self.routes)
+        # One requirement may stand for several routes, and must not speak for all of them: see `_preflights_too`.
+        table: dict[str, Any] = {route: copy(rule) for route, rule in self.routes.items()}
         owners = {parse_route(route): route for route in self.routes}
         for route in self.public:
             owner = owners.get(parse_route(route))
@@ -139,6 +145,11 @@ class Scopes(Policy):
                 )
             table[route] = Public(route)
         return table
+
+    @cached_property
+    def _preflights_too(self) -> frozenset[int]:
+        """The requirements of routes that name `OPTIONS`, by identity: each is in the table for itself."""
+        return frozenset(id(rule) for route, rule in self._table.items() if parse_route(route).method == "OPTIONS")
 
     def rules(self) -> Mapping[str, AllOf | AnyOf | Public]:
         return self._table
@@ -153,8 +164,14 @@ class Scopes(Policy):
             ex.give(rule)
             return None
         if principal is None:
-            return None if is_preflight(ex) else self._unknown(ex)
-        if everything or rule is None or rule.allows(principal.scopes):
+            return None if is_preflight(ex) and id(rule) not in self._preflights_too else self._unknown(ex)
+        if everything:
+            return None
+        if rule is None:
+            # No rule covers such a path (see `core.routing`), but an application that resolves it would serve
+            # `/admin/./x`, or `/open/../admin/x`, as what a rule is there for.
+            return _dot_segment() if has_dot_segment(ex.path) else None
+        if rule.allows(principal.scopes):
             return None
         return self._forbidden(principal, rule)
 
@@ -177,6 +194,10 @@ class Scopes(Policy):
             required_scopes=list(rule.scopes),
             missing_scopes=rule.missing(principal.scopes),
         )
+
+
+def _dot_segment() -> Problem:
+    return http_problem(400)("The path has a dot segment; ask for the path that it means (RFC 3986 section 5.2.4)")
 
 
 def _requirement(route: object, value: Any) -> AllOf | AnyOf:

@@ -35,19 +35,19 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
             return message
 
         async def deliver(message: Any) -> None:
-            # Status and size say what was handed to the server; what a dying connection did with it, nobody knows.
+            # The status says what was handed to the server; what a dying connection did with it, nobody knows.
             kind = message["type"]
             if kind in STARTS:
                 ex.status = message.get("status", 101)
             elif kind == "websocket.close":
                 ex.status = ex.status or 403  # what servers answer to a handshake that is closed
-            elif kind == "http.response.body":
-                ex.sent_bytes += len(message.get("body", b""))
             try:
                 await send(message)
             except Exception:
                 ex.gone = ex.gone or not ex.done
                 raise
+            if kind == "http.response.body":
+                ex.sent_bytes += len(message.get("body", b""))
             last = kind.endswith("response.body") and not message.get("more_body", False)
             ex.done = ex.done or last or kind in ("http.response.pathsend", "websocket.close")
 

@@ -71,7 +71,7 @@ class Caller(Policy):
     def on_request(self, ex):
         ex.authenticate(Principal(subject=self.subject, tier=self.tier))
         if self.counted is not None:
-            ex.give(Quota(self.counted, (), ()))
+            ex.give(Quota(self.counted, lambda: ()))
 
 
 class Refuse(Policy):

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sigil_policy.core.problems import ProblemType, Reply
-from sigil_policy.core.policy import Answer, Policy
 from sigil_policy.core.exchange import Exchange
+from sigil_policy.core.policy import Answer, Policy
+from sigil_policy.core.problems import ProblemType, Reply
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.policies.problems import Problems, from_http_error, from_validation_errors, json_pointer
 from sigil_policy.testing import drive
