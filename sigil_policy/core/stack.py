@@ -9,7 +9,7 @@ its way out passes them from the highest number to the lowest. What must hold, a
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from inspect import isawaitable
@@ -195,23 +195,24 @@ class PolicyStack:
 class _Hold:
     """A response start that a policy keeps until it has seen the body, with the body messages so far."""
 
-    __slots__ = ("head", "length_known", "message", "messages", "size", "whole")
+    __slots__ = ("head", "message", "messages", "size", "whole")
 
-    def __init__(self, message: Message, head: Head, length_known: bool) -> None:
+    def __init__(self, message: Message, head: Head) -> None:
         self.message = message
         self.head = head
-        self.length_known = length_known
         self.messages: list[Message] = []
         self.size = 0
         self.whole = False
 
-    def gather(self, message: Message, bound: int) -> list[Message] | None:
-        """Add a body message; all messages so far when there is no more to wait for, else None."""
+    def waits_after(self, message: Message, bound: int) -> bool:
+        """Add a body message; whether there is more to wait for."""
         self.messages.append(message)
         self.size += len(message.get("body", b""))
-        more = message.get("more_body", False)
-        self.whole = not more and self.size <= bound
-        return None if more and self.length_known and self.size <= bound else self.messages
+        fits = self.size <= bound
+        if not message.get("more_body", False):
+            self.whole = fits
+            return False
+        return fits and self.head.get(b"content-length") is not None
 
     def body(self) -> bytes:
         messages = self.messages
@@ -226,13 +227,6 @@ _Outgoing = tuple[Message, int, Head | None, int]
 _NOTHING: list[_Outgoing] = []
 
 
-def _let_go(index: int, hold: _Hold, messages: Sequence[Message]) -> list[_Outgoing]:
-    """What layer `index` lets go, last first: the body messages and the start."""
-    outgoing: list[_Outgoing] = [(message, index + 1, None, -1) for message in reversed(messages)]
-    outgoing.append((hold.message, index + 1, hold.head, index))
-    return outgoing
-
-
 def _replaced(head: Head, body: bytes) -> Message:
     """The body message for what `on_body` returned, with a head that agrees with it."""
     if head.status in (204, 304):
@@ -242,21 +236,17 @@ def _replaced(head: Head, body: bytes) -> Message:
     return {"type": _BODY, "body": body, "more_body": False}
 
 
-def _hold(message: Message, head: Head, bound: int) -> _Hold | None:
-    """Keep a start back for its body, but only where nothing is delayed by it: never an event stream, and without a
-    length only until the first body message."""
-    if message["type"] != "http.response.start":
-        return None
-    if message.get("trailers"):
-        return None  # they would follow a body that is gone (RFC 9110 section 15.4.5)
+def _may_wait(message: Message, head: Head, layer: _Layer) -> bool:
+    """Whether a start may wait for its body, because nothing is delayed by it: never an event stream, and without a
+    length it waits for the first body message only."""
+    if message["type"] != "http.response.start" or message.get("trailers"):
+        return False  # trailers would follow a body that is gone (RFC 9110 section 15.4.5)
     fields = dict(reversed(head.headers))
     media_type = fields.get(b"content-type")
     if media_type is not None and media_type[:17].lower() == b"text/event-stream":
-        return None
+        return False
     length = fields.get(b"content-length")
-    if length is not None and not (length.isdigit() and len(length) < 20 and int(length) <= bound):
-        return None
-    return _Hold(message, head, length is not None)
+    return length is None or (length.isdigit() and len(length) < 20 and int(length) <= layer.bound)
 
 
 def _watched(ex: Exchange, receive: Receive) -> Receive:
@@ -359,29 +349,30 @@ class _Pass:
         `head` and `released` go with a start that layer `released` held until now. What a policy lets go travels in
         the same loop: one coroutine for each message of the application, whatever the number of policies.
         """
-        stack, ex = self.stack, self.ex
+        stack, ex, held = self.stack, self.ex, self.held
         waiting: list[_Outgoing] = _NOTHING
         if level < 0:
             level = stack.depth
         while True:
             kind = message["type"]
+            let_go = -1
             through = True
             if kind == _BODY:
-                if self.held:
+                if held:
                     layer = self._taker(message, level)
                     if layer is not None:
                         through = False
-                        hold = self.held[layer.index]
-                        messages = hold.gather(message, layer.bound)
-                        if messages is not None:
-                            del self.held[layer.index]
+                        hold = held[layer.index]
+                        messages = hold.messages
+                        if not hold.waits_after(message, layer.bound):
+                            let_go = layer.index
+                            del held[let_go]
                             if hold.whole:
                                 body = layer.on_body(ex, hold.head, hold.body())
                                 if body is not None and not isinstance(body, bytes):
                                     body = await body
                                 if body is not None:
                                     messages = [_replaced(hold.head, body)]
-                            waiting = [*waiting, *_let_go(layer.index, hold, messages)]
                 else:
                     for watch in stack.chunks[level]:
                         watch(ex, message.get("body", b""))
@@ -393,25 +384,27 @@ class _Pass:
                         message = self._accept(message, head, level)
                     else:
                         stopped = self._decorate(message, head, level, released)
-                        if stopped < 0:
+                        if stopped is None:
                             message = {**message, "status": head.status, "headers": head.headers}
                         else:
                             through = False
-                            hold = self.held[stopped]
-                            if hold.message is not message:
+                            if stopped in held:
                                 # A second start meets a policy that still holds the first, which goes first.
-                                del self.held[stopped]
-                                later = (message, stopped + 1, head, released)
-                                waiting = [*waiting, later, *_let_go(stopped, hold, hold.messages)]
+                                hold = held.pop(stopped)
+                                let_go, messages = stopped, hold.messages
+                                waiting = [*waiting, (message, stopped + 1, head, released)]
+                            else:
+                                held[stopped] = _Hold(message, head)
                 if through:
                     self.left = 0
             else:
-                held = max([index for index in self.held if index < level], default=-1) if self.held else -1
-                if held >= 0:
+                let_go = max([index for index in held if index < level], default=-1) if held else -1
+                if let_go >= 0:
                     # Any other message: whatever is held on its way goes first.
                     through = False
-                    hold = self.held.pop(held)
-                    waiting = [*waiting, (message, level, None, -1), *_let_go(held, hold, hold.messages)]
+                    hold = held.pop(let_go)
+                    messages = hold.messages
+                    waiting = [*waiting, (message, level, None, -1)]
                 elif kind == "websocket.close":
                     self.left = 0
             if through:
@@ -427,6 +420,12 @@ class _Pass:
                 if last:
                     ex.done = True
                     ex.last_byte = ex.clock.monotonic()
+            elif let_go >= 0:
+                # The start goes on from where it was held, then its body messages.
+                level = let_go + 1
+                waiting = [*waiting, *[(body_message, level, None, -1) for body_message in reversed(messages)]]
+                message, head, released = hold.message, hold.head, let_go
+                continue
             if not waiting:
                 return
             message, level, head, released = waiting.pop()
@@ -449,20 +448,21 @@ class _Pass:
             kind == "websocket.http.response.body" and not message.get("more_body", False)
         )
 
-    def _decorate(self, message: Message, head: Head, level: int, released: int) -> int:
-        """Run the head outwards from `level`; the layer that holds a start there and stops this one, or -1."""
+    def _decorate(self, message: Message, head: Head, level: int, released: int) -> int | None:
+        """Run the head outwards from `level`; the policy that wants to hold it, or holds another, stops it there."""
         ex = self.ex
         index = level
         try:
             for index, wants_body, on_response in self.stack.starts[level]:
-                if wants_body is not None and index != released:
-                    if index in self.held:
-                        return index
-                    if wants_body(ex, head):
-                        hold = _hold(message, head, self.stack.layers[index].bound)
-                        if hold is not None:
-                            self.held[index] = hold
-                            return index
+                if (
+                    wants_body is not None
+                    and index != released
+                    and (
+                        index in self.held
+                        or (wants_body(ex, head) and _may_wait(message, head, self.stack.layers[index]))
+                    )
+                ):
+                    return index
                 if on_response is not None:
                     on_response(ex, head)
             index = -1
@@ -470,7 +470,7 @@ class _Pass:
             # Wherever it stopped, it has left the policies inside of there.
             if self.left > index + 1:
                 self.left = index + 1
-        return -1
+        return None
 
     def _accept(self, message: Message, head: Head, level: int) -> Message:
         """Run `websocket.accept` outwards. What cannot be said of it must not reach the policies outside either."""

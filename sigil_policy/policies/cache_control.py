@@ -16,10 +16,11 @@ What it guarantees:
   such responses also get `Vary: X-API-Key`.
 * Errors of the application are `no-store` (404, 405, 410, 414 and 501 may be cached otherwise); a rule never applies to
   them. Anonymous successes without a rule get nothing.
+* A rule's `public` or `s-maxage` becomes `private` for a response that sets a cookie, too.
 * `Vary` is merged with what is there, on 200 and 304 alike, never overwritten.
 
-Cookies and credentials that only the application knows are not seen here: such responses need the application's own
-`Cache-Control`. Place it around Conditional and inside everything that authenticates.
+Cookies that came with a request, and credentials that only the application knows, are not seen here: such responses
+need the application's own `Cache-Control`. Place it around Conditional and inside everything that authenticates.
 
 RFC 9111; RFC 9110 section 12.5.5 (Vary).
 """
@@ -173,6 +174,8 @@ class CacheControl(Policy):
                 chosen = self._error
             elif with_key or caller is not None or b"authorization" in ex.headers:
                 chosen = rule.authenticated
+            elif rule.anonymous is not None and head.get(b"set-cookie") is not None:
+                chosen = rule.authenticated  # a shared cache would hand out the cookie with the rest (RFC 9111, 7.3)
             else:
                 chosen = rule.anonymous
             if chosen is not None:
