@@ -17,12 +17,12 @@ from pydantic import SecretStr
 import sigil_policy as sigil
 
 key = sigil.Key(algorithm="HS256", secret=SecretStr(os.environ["SECRET"]))
-issuer = sigil.Issuer(url="https://auth.example.com", audience="hello", keys=(key,))
+issuer = sigil.Issuer(url="https://auth.example.com", audience="hello", keys=[key])
 
 app = FastAPI()
 app.add_middleware(sigil.PolicyStack, policies=[
     sigil.RequestID(), sigil.AccessLog(), sigil.Problems(),
-    sigil.BearerAuth(issuers=(issuer,)), sigil.Scopes(routes={"GET /hello": "hello:read"}),
+    sigil.BearerAuth(issuers=[issuer]), sigil.Scopes(routes={"GET /hello": "hello:read"}),
     sigil.RateLimit(), sigil.CacheControl(), sigil.Conditional(),
 ])
 

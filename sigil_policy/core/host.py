@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class Host:
     """A plain ASGI application: nothing is known of it but what it sends."""
 
+    root_path: str = ""
+    """What the application itself sets as `root_path` once a request has come in, in the place of the server's."""
+
     def bind(self, policies: "Sequence[Policy]") -> None:
         """Called when a stack has been built around the application, with all policies of that stack."""
 

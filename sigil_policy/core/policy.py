@@ -14,18 +14,22 @@ A subclass is a frozen, keyword-only, validated dataclass by itself; there is no
 optional, and one that is not overridden costs nothing.
 """
 
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import field
-from typing import Any, ClassVar, Protocol, dataclass_transform
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.problems import Problem, Reply
 
 Answer = Problem | Reply | None
+
+Item = TypeVar("Item")
+Listed = Annotated[Sequence[Item], AfterValidator(tuple)]
+"""A list or a tuple, as whoever writes it likes; kept as a tuple, because a policy is a value."""
 
 _CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 

@@ -35,7 +35,7 @@ _NOTHING: Settings = MappingProxyType({})
 
 def has_dot_segment(path: str) -> bool:
     """Whether a segment of `path` is `.` or `..`, which some applications resolve and others take as a name."""
-    return "/." in path and not {".", ".."}.isdisjoint(path.split("/"))
+    return "." in path and not {".", ".."}.isdisjoint(path.removesuffix("\n").split("/"))
 
 
 class Route(NamedTuple):
@@ -138,11 +138,11 @@ class RouteMatcher:
         self._start = _compile((root,), (), {})
 
     def match(self, method: str, path: str) -> Settings:
-        if has_dot_segment(path):
-            return _NOTHING
         if path[-1:] == "\n":
             # `$` in a regular expression, with which Starlette ends every route, matches in front of it.
             path = path[:-1]
+        if ("/." in path or path[:1] == ".") and has_dot_segment(path):
+            return _NOTHING
         state = self._start
         for segment in path.split("/"):
             if segment:

@@ -336,9 +336,9 @@ class _Pass:
         ex._given = ex._given | stack.gives if ex._given else stack.gives  # noqa: SLF001
         ex._scope = self.scope  # noqa: SLF001  a mount gives its application a copy
         if stack.matcher is not None:
-            scope = self.scope
-            path = _local_path(scope) if scope.get("root_path") else scope["path"]
-            found = stack.matcher.match(ex.method, path)
+            path = self.scope["path"]
+            root = stack.host.root_path or self.scope.get("root_path")
+            found = stack.matcher.match(ex.method, _below(root, path) if root else path)
             ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
 
     # --- outwards --------------------------------------------------------------------------------------------------
@@ -628,10 +628,8 @@ async def _settled(answer: Any) -> Answer:
     raise TypeError(f"a hook answers with None, a Problem or a Reply, not with {type(answer).__name__}")
 
 
-def _local_path(scope: Scope) -> str:
+def _below(root: str, path: str) -> str:
     """The path as the application's router sees it: after `root_path` (ASGI `path` includes it)."""
-    path: str = scope["path"]
-    root: str = scope["root_path"]
     if path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
         return path[len(root) :]
     return path

@@ -44,6 +44,9 @@ class StarletteHost(Host):
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        # `FastAPI(root_path=...)` takes it off the path behind a stack that is around the whole application.
+        roots = (getattr(inner, "root_path", "") for inner in _chain(app) if isinstance(inner, Starlette))
+        self.root_path = next((root for root in roots if root), "")
 
     def bind(self, policies: Sequence[Policy]) -> None:
         for policy in policies:

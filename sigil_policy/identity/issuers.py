@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.policy import Listed
 from sigil_policy.identity.fields import CONFIG, is_subject
 from sigil_policy.identity.keys import Key
 from sigil_policy.wire.authorization import is_scope_token, split_scopes
@@ -52,8 +53,8 @@ class Issuer:
     """
 
     url: Text
-    audience: Text | tuple[Text, ...] | None
-    keys: Annotated[tuple[Key, ...], Field(min_length=1, max_length=64)]
+    audience: Text | Listed[Text] | None
+    keys: Annotated[Listed[Key], Field(min_length=1, max_length=64)]
     leeway: Annotated[float, Field(ge=0, le=60)] = 5.0
     strict: bool = False
     scope_claims: Mapping[Text, ClaimForm] = field(default_factory=lambda: dict(_SCOPE))

@@ -32,7 +32,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Correlation, Principal, Quota, TokenUsage
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.routing import parse_route
 from sigil_policy.telemetry.logs import JSONLines
 from sigil_policy.telemetry.redaction import Redaction
@@ -81,7 +81,7 @@ class AccessLog(Policy):
 
     logger: Any = Field(default=None, repr=False)
     level: Level | Callable[[Exchange], Level] = "info"
-    skip: tuple[str, ...] = ()
+    skip: Listed[str] = ()
     include_query: bool = False
     redaction: Redaction | None = None
 

@@ -154,6 +154,9 @@ class ApiKeyAuth(Policy):
             return self._without_key(ex)
         if (b"authorization" if as_bearer else self._header) in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one credential of a kind")
+        known = ex.principal
+        if known is not None and known.kind != "api_key":
+            return None  # an outer policy of another kind has answered for the caller
         refusal = self._invalid_token if as_bearer else self._challenge
         name = key_id(presented)
         if name is None:
@@ -174,8 +177,8 @@ class ApiKeyAuth(Policy):
         if record is None or not same or record.is_expired(ex.clock.time()):
             return KEY_INVALID("The API key is not valid", headers=refusal)
         principal, known = record.principal(self.realm), ex.principal
-        # What an outer policy has accepted is asked again here: this store may know fewer keys. Where both agree, the
-        # outer one's answer stays, with what others have made of it since.
+        # A key that an outer ApiKeyAuth has accepted is verified here too: this store may know fewer. Where both agree,
+        # the outer one's answer stays, with what others have made of it since.
         if known is None or known.key != principal.key or known.scopes != principal.scopes:
             ex.authenticate(principal)
         return None

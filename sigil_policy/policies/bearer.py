@@ -34,7 +34,7 @@ from sigil_policy.core.catalogue import (
 )
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem, ProblemType
 from sigil_policy.identity.challenges import (
     Challenges,
@@ -64,7 +64,7 @@ class BearerAuth(Policy):
 
     gives: ClassVar[tuple[type, ...]] = (Principal, Challenges)
 
-    issuers: Annotated[tuple[Issuer, ...], Field(min_length=1, max_length=256)]
+    issuers: Annotated[Listed[Issuer], Field(min_length=1, max_length=256)]
     """Whose tokens are accepted. The keys of one never verify the tokens of another."""
 
     realm: Realm = "api"
@@ -141,6 +141,9 @@ class BearerAuth(Policy):
             return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
         if b"authorization" in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one Authorization header")
+        known = ex.principal
+        if known is not None and (known.issuer is None or known.kind != "bearer"):
+            return None  # an outer policy of another kind has answered for the caller
         if len(value) > _MAX_VALUE:
             return self._verify(ex, value, None)
         # What is remembered is the whole field value: a token that is known needs no parsing at all.
@@ -148,7 +151,7 @@ class BearerAuth(Policy):
         principal = self._cache.get(digest, ex.clock.time())
         if principal is None:
             return self._verify(ex, value, digest)
-        if ex.principal is None:
+        if known is None:
             ex.authenticate(principal)
         else:
             _accept_again(ex, principal)
@@ -192,8 +195,8 @@ class BearerAuth(Policy):
 
 
 def _accept_again(ex: Exchange, principal: Principal) -> None:
-    """What an outer policy has accepted is verified here too: this one may trust fewer issuers. Where both agree, the
-    outer one's answer stays, with what others have made of it since."""
+    """A token that an outer BearerAuth has accepted is verified here too: this one may trust fewer issuers. Where both
+    agree, the outer one's answer stays, with what others have made of it since."""
     known = ex.principal
     if known is None or known.key != principal.key or known.scopes != principal.scopes:
         ex.authenticate(principal)

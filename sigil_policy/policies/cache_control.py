@@ -34,7 +34,7 @@ from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.routing import parse_route
 from sigil_policy.wire.caching import (
     field_name,
@@ -57,7 +57,7 @@ class CacheRule:
     """
 
     value: str
-    vary: tuple[str, ...] = ()
+    vary: Listed[str] = ()
     dangerously_share_authenticated: bool = False
 
     @field_validator("value")

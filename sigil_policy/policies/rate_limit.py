@@ -59,7 +59,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from sigil_policy.core.catalogue import BUDGET_EXCEEDED, BUDGET_TOO_SMALL, RATE_EXCEEDED
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage, WindowState
-from sigil_policy.core.policy import Answer, Closable, Policy
+from sigil_policy.core.policy import Answer, Closable, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply
 from sigil_policy.core.routing import RouteMatcher, parse_route
 from sigil_policy.stores.limits import Algorithm, Decision, Lease, LimitStore, Plan, Unit, Window
@@ -175,7 +175,7 @@ class TokenRule:
     """
 
     estimate: int | Estimate | None = None
-    usage: tuple[str, ...] = USAGE_PATHS
+    usage: Listed[str] = USAGE_PATHS
 
     @field_validator("estimate")
     @classmethod
@@ -335,8 +335,8 @@ class RateLimit(Policy):
     key: Key = by_principal
     costs: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     tokens: Mapping[str, TokenRule | Annotated[int, Field(ge=0, le=_LARGEST)]] = Field(default_factory=dict)
-    exempt: tuple[str, ...] = ()
-    trusted_proxies: tuple[IPv4Network | IPv6Network | Literal["unix"], ...] = ()
+    exempt: Listed[str] = ()
+    trusted_proxies: Listed[IPv4Network | IPv6Network | Literal["unix"]] = ()
     ipv6_prefix: Annotated[int, Field(ge=16, le=128)] = 64
     headline: str | None = None
     algorithm: Algorithm = "fixed"

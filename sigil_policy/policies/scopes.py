@@ -32,7 +32,7 @@ from pydantic import Field, field_validator, model_validator
 from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT, http_problem
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal, Public
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import has_dot_segment, parse_route
 from sigil_policy.identity.challenges import Challenges, challenge_line, is_preflight
@@ -114,7 +114,7 @@ class Scopes(Policy):
     """From route to what it takes: one scope, several separated by spaces or as a list (all of them), `AllOf(...)` or
     `AnyOf(...)` (default: no route takes a scope). `[]` takes a caller, but no scope. The most specific route holds."""
 
-    public: tuple[str, ...] = ()
+    public: Listed[str] = ()
     """Routes that anybody may call (default: none)."""
 
     superscope: Scope | None = "admin"

@@ -38,7 +38,7 @@ from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.catalogue import VERSION_RETIRED
 from sigil_policy.core.exchange import Exchange, Head
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import parse_route
 from sigil_policy.telemetry.sensitive import SecretRules
@@ -206,7 +206,7 @@ class Versioning(Policy):
     prefix: str = ""
     deprecation_style: Literal["rfc9745", "literal"] = "rfc9745"
     after_sunset: Literal["gone", "pass"] = "gone"
-    secret_parameters: tuple[str, ...] = ()
+    secret_parameters: Listed[str] = ()
 
     @model_validator(mode="after")
     def _compile(self) -> Self:

@@ -106,7 +106,7 @@ _NOTHING = re.compile(r"(?!)").fullmatch
 # A name and what stands between it and its value. The look-behind lets a search begin at the start of a word only.
 _NAME = re.compile(
     r"""(?<![A-Za-z0-9_.%-])([A-Za-z0-9_.%-]++)"""
-    r"""(?:(?:\\{0,8}+["'])?+\]?+[ \t]{0,8}+(=>|->|[:=>])|(\\{0,8}+["']),)[ \t]{0,8}+"""
+    r"""(?:(?:\\{0,8}+["'])?+\]?+(?:\[[0-9]{0,8}+\])?+[ \t]{0,8}+(=>|->|[:=>])|(\\{0,8}+["']),)[ \t]{0,8}+"""
 )
 _OPENING = re.compile(r"""[bBrRuUfF]{0,2}+(\\{0,8}+)(["'])""")
 _BRACKET = re.compile(r"[\[{(\])}]")
@@ -266,7 +266,9 @@ def is_number(value: str) -> bool:
 
 def _words(name: str) -> list[str]:
     name = name[-_LONGEST_NAME:]
-    if "%" in name:
+    for _ in range(3):  # encoded again by whoever put it into a parameter
+        if "%" not in name:
+            break
         name = unquote(name)
     return [word.lower() for word in _WORD.findall(name)]
 

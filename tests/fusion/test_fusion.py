@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from sigil_policy.core.stack import PolicyStack
 from tests.asgi_rules import broken_rules
+from tests.conftest import FUSION_EXAMPLES
 from tests.fusion.interpreter import interpret
 from tests.fusion.programs import Log, Program, World, draw_program, programs, run, smallest
 
@@ -97,6 +98,7 @@ def disagreement(program: Program, backend: str) -> str:
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@settings(max_examples=FUSION_EXAMPLES)
 @given(program=programs)
 def test_fused_equals_nested_equals_the_rules(backend: str, program: Program) -> None:
     if disagreement(program, backend):

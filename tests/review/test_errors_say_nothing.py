@@ -15,9 +15,30 @@ from starlette.websockets import WebSocket
 
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.policies.problems import Problems, from_validation_errors
+from sigil_policy.telemetry.redaction import Redaction
 from sigil_policy.testing import drive
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "page=1&password[]=canary",
+        "user[password][0]=canary",
+        "password%5B%5D=canary",
+        "%2574oken=canary",
+        "%252574oken=canary",
+        "{'password': ['canary']}",
+    ],
+)
+def test_lists_and_names_that_were_encoded_twice_hide_no_secret(text: str) -> None:
+    assert "canary" not in Redaction().text(text)
+
+
+@pytest.mark.parametrize("text", ["page[]=1", "a[0]=b", "tokens[]=12", "see [1]: the tokens", "100%25 = all"])
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert Redaction().text(text) == text
 
 
 class Card(BaseModel):
