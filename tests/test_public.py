@@ -35,9 +35,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_importing_the_package_imports_nothing_that_is_not_used() -> None:
-    loaded = json.loads(
-        in_a_new_process("import sys, json, sigil_policy; print(json.dumps(sorted(sys.modules)))")
-    )
+    loaded = json.loads(in_a_new_process("import sys, json, sigil_policy; print(json.dumps(sorted(sys.modules)))"))
     heavy = ("pydantic", "starlette", "structlog", "limits", "jwt", "cryptography", "fastapi", "redis", "httpx2")
     assert not [name for name in loaded if name.partition(".")[0] in heavy]
 

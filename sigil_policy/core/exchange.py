@@ -25,9 +25,9 @@ _ANYONE = UnauthenticatedUser()
 _NO_CREDENTIALS = Credentials()
 _NO_RULES: dict[int, Any] = {}
 _NONE_REPEATED: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType({})
+_MOST_TOKENS = 999_999_999_999_999  # what an Integer of RFC 9651 can say
 _KNOWN_NAMES: set[bytes] = set()
 _NO_FACTS: frozenset[type] = frozenset()
-_OVER: dict[str, Any] = {}
 _CURRENT: ContextVar["Exchange | None"] = ContextVar("sigil_policy.exchange", default=None)
 
 
@@ -168,7 +168,7 @@ class Exchange(dict[type, Any]):
     def close(self) -> None:
         """The exchange is over. The scope that holds it is let go: a cycle would wait for the garbage collector."""
         self.finished = True
-        self._scope = self._outer_scope = _OVER
+        self._scope = self._outer_scope = {}
 
     # --- facts and notes -------------------------------------------------------------------------------------------
 
@@ -335,11 +335,15 @@ def report_tokens(
 
         report_tokens(request, input_tokens=120, output_tokens=48)
 
-    `total_tokens` defaults to input plus output. Returns the sum so far. Raises `ValueError` for a negative number.
+    `total_tokens` defaults to input plus output. Returns the sum so far. Raises `TypeError` for what is no int,
+    `ValueError` for a negative or absurd number.
     """
+    for count in (input_tokens, output_tokens, 0 if total_tokens is None else total_tokens):
+        if type(count) is not int:
+            raise TypeError(f"a token count is an int, not {type(count).__name__}")
+        if not 0 <= count <= _MOST_TOKENS:
+            raise ValueError("a token count cannot be negative or over 999,999,999,999,999; report what was used since")
     total = input_tokens + output_tokens if total_tokens is None else total_tokens
-    if min(input_tokens, output_tokens, total) < 0:
-        raise ValueError("token counts cannot be negative; report only what was used since the last report")
     exchange = get_exchange(source)
     so_far = exchange.get(TokenUsage) or TokenUsage()
     usage = TokenUsage(so_far[0] + input_tokens, so_far[1] + output_tokens, so_far[2] + total)

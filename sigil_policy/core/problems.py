@@ -13,7 +13,7 @@ no secret, no path of the machine, no `str(exc)`.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
@@ -44,7 +44,8 @@ class Reply:
     """A whole response that a policy answers with.
 
     `code` is the close code where a WebSocket server cannot send a response instead (default 1008, policy violation).
-    `reraise` keeps the pending error going to the server after `on_error` has answered it.
+    `reraise` keeps the pending error going to the server after `on_error` has answered it. `after` is awaited once the
+    response has been sent.
     """
 
     status: int = 200
@@ -52,6 +53,7 @@ class Reply:
     body: bytes = b""
     code: int = 1008
     reraise: bool = False
+    after: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -507,9 +507,12 @@ class _Pass:
             kind = "websocket.http.response"
             if kind not in (self.scope.get("extensions") or ()):
                 await self.emit({"type": "websocket.close", "code": reply.code, "reason": ""}, level)
-                return
-        await self.emit({"type": f"{kind}.start", "status": status, "headers": headers}, level)
-        await self.emit({"type": f"{kind}.body", "body": body, "more_body": False}, level)
+                kind = ""
+        if kind:
+            await self.emit({"type": f"{kind}.start", "status": status, "headers": headers}, level)
+            await self.emit({"type": f"{kind}.body", "body": body, "more_body": False}, level)
+        if reply.after is not None:
+            await reply.after()
 
     async def _release(self, index: int) -> None:
         """Let go unchanged what layer `index` holds; a policy further out may take it over."""

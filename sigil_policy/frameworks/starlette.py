@@ -12,6 +12,7 @@ FastAPI is never imported from here; what is needed of it is looked up only wher
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -99,31 +100,38 @@ async def _call(handler: Callable[..., Any], ex: Exchange, error: Exception) -> 
         return None
     start: dict[str, Any] = {}
     parts: list[bytes] = []
-    complete = False
 
     async def collect(message: dict[str, Any]) -> None:
-        nonlocal complete
         if message["type"].endswith(".start"):
             start.update(message)
         else:
             parts.append(message.get("body", b""))
-            complete = not message.get("more_body", False)
 
     async def nothing() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    try:
-        await response(ex.scope, nothing, collect)
-    except Exception:
-        if not complete:
-            raise
-        # A background task; the client is answered all the same.
-        logger.exception("what follows the answer to an unhandled error failed")
+    # Background tasks run once the client has its answer; that they fail must not take it away.
+    background: Callable[[], Awaitable[None]] | None = getattr(response, "background", None)
+    response.background = None
+    await response(ex.scope, nothing, collect)
     if not start:
         return None
+
     return Reply(
-        status=start["status"], headers=tuple(start.get("headers") or ()), body=b"".join(parts), code=1011, reraise=True
+        status=start["status"],
+        headers=tuple(start.get("headers") or ()),
+        body=b"".join(parts),
+        code=1011,
+        reraise=True,
+        after=None if background is None else partial(_quietly, background),
     )
+
+
+async def _quietly(background: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await background()
+    except Exception:
+        logger.exception("what follows the answer to an unhandled error failed")
 
 
 class _Handlers:

@@ -53,6 +53,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import limits as limit_strings
 import structlog
+from anyio import move_on_after
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated_dataclass
 
@@ -81,6 +82,7 @@ _LARGEST = 999_999_999_999_999
 _LONG_KEY = 256
 _TAIL = 8_192
 _ROUNDING = 1e-6
+_PATIENCE = 1.0  # seconds that a response waits for a store to settle
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _X_FIELDS = (b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-ratelimit-window")
 _FIELDS = frozenset((*_X_FIELDS, b"ratelimit", b"ratelimit-policy"))
@@ -504,6 +506,9 @@ class RateLimit(Policy):
         key = self.key(ex)
         if key is None:
             key = self._address(ex)
+        elif self._own_key:
+            # Not an address, nor a bucket that is shared: whatever it says, it is a name of its own.
+            key = f"key {sha256(key.encode('utf-8', 'surrogatepass')).hexdigest() if len(key) > _LONG_KEY else key}"
         elif len(key) > _LONG_KEY:
             key = f"sha256 {sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
         if self.name is not None:
@@ -643,6 +648,10 @@ class RateLimit(Policy):
     # --- parts of it -----------------------------------------------------------------------------------------------
 
     @cached_property
+    def _own_key(self) -> bool:
+        return self.key not in (by_principal, by_address)
+
+    @cached_property
     def _ruled(self) -> bool:
         return bool(self.costs or self.tokens or self.exempt)
 
@@ -736,7 +745,12 @@ async def _wait(settled: Awaitable[Any]) -> None:
 
 
 async def _settled_later(spending: _Spending, settled: Awaitable[tuple[int, ...]]) -> None:
-    spending.left = await settled
+    """A store that fails or hangs takes no response away: `on_finish` settles again, and a lease settles once."""
+    try:
+        with move_on_after(_PATIENCE):
+            spending.left = await settled
+    except Exception:
+        logger.exception("rate_limit_settlement_failed")
 
 
 def _produced(ex: Exchange) -> bool:

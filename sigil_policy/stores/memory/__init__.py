@@ -2,8 +2,8 @@
 
     store = memory_limits("sliding", max_callers=50_000)
 
-One store serves one event loop. `FixedWindows` is the default: the cheapest, and the one whose `Reset` a client can
-put on a clock.
+A store may be shared by the event loops of several threads. `FixedWindows` is the default: the cheapest, and the one
+whose `Reset` a client can put on a clock.
 """
 
 from sigil_policy.stores.limits import Algorithm

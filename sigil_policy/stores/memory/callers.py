@@ -22,6 +22,7 @@ Guarantees:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from itertools import islice
+from threading import Lock
 from typing import Any, ClassVar
 
 from sigil_policy.stores.limits import Algorithm, Decision, Lease, Plan
@@ -186,7 +187,7 @@ class Logs(Callers):
 
 
 class MemoryLimits(ABC):
-    """Limits counted in this process, for one event loop; the module says what it guarantees.
+    """Limits counted in this process, also by several threads; the module says what it guarantees.
 
     Options:
         max_callers: how many callers are known at once (default 500,000; some 200 bytes each, and by "sliding" also
@@ -202,6 +203,8 @@ class MemoryLimits(ABC):
         if max_callers < 2:
             raise ValueError(f"max_callers must be at least 2, not {max_callers}")
         self.max_callers = max_callers
+        # Event loops in several threads may share a store.
+        self._lock = Lock()
         self._until_sweep = _HITS_PER_SWEEP
         # A hit from `_seen` to before `_edge` is in the present second of a clock that nobody has set back.
         self._seen = 0.0
@@ -223,12 +226,20 @@ class MemoryLimits(ABC):
     def prepare(self, plan: Plan) -> None:
         """Make room for the windows of `plan`, as `LimitStore.prepare` says."""
 
-    @abstractmethod
     def admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
+        with self._lock:
+            return self._admit(key, plan, cost, estimate, now)
+
+    def settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
+        with self._lock:
+            return self._settle(lease, used, now)
+
+    @abstractmethod
+    def _admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
         """Decide one request, as `LimitStore.admit` says."""
 
     @abstractmethod
-    def settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
+    def _settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
         """Replace a reservation by what was used, as `LimitStore.settle` says."""
 
     def _advance(self, now: float) -> float:

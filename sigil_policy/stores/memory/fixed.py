@@ -68,7 +68,7 @@ class FixedWindows(MemoryLimits):
             self._shape()
             self._new_second()
 
-    def admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
+    def _admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
         if not self._seen <= now < self._edge:
             now = self._advance(now)
         self._seen = now
@@ -116,7 +116,7 @@ class FixedWindows(MemoryLimits):
         self._pack(records, callers.add(key) if at is None else at, *state)
         return _new(Decision, (True, tuple(remaining), view.resets, key, lease, (), 0.0))
 
-    def settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
+    def _settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
         if not self._seen <= now < self._edge:
             now = self._advance(now)
         self._seen = now

@@ -86,7 +86,7 @@ class Gcra(MemoryLimits):
             self._shape()
         self._views.clear()
 
-    def admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
+    def _admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
         if not self._seen <= now < self._edge:
             now = self._advance(now)
         self._seen = now
@@ -155,7 +155,7 @@ class Gcra(MemoryLimits):
         self._pack(records, callers.add(key) if at is None else at, *state)
         return _new(Decision, (True, tuple(remaining), tuple(resets), key, lease, (), 0.0))
 
-    def settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
+    def _settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
         if not self._seen <= now < self._edge:
             now = self._advance(now)
         self._seen = now
@@ -177,7 +177,8 @@ class Gcra(MemoryLimits):
                     state[row.place] -= back
                     state[place] += back
                 else:
-                    state[row.place] = min(state[row.place] + over, MOST)
+                    # A report that is absurd must not lock the caller out for ever: the debt is two windows at most.
+                    state[row.place] = max(state[row.place], min(state[row.place] + over, 2 * row.limit))
                     state[_UNTIL] = max(state[_UNTIL], now + state[row.place] / row.rate)
             if at is not None or over > 0:
                 self._pack(records, callers.add(lease.key) if at is None else at, *state)

@@ -116,7 +116,7 @@ class SlidingLog(MemoryLimits):
         self._largest = max(self._largest, *(window.limit for window in plan.requests), 0)
         self._planned[plan] = [(window.limit, self._spent[window.seconds]) for window in plan.tokens]
 
-    def admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
+    def _admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
         if not self._seen <= now < self._edge:
             now = self._advance(now)
         self._seen = now
@@ -183,7 +183,7 @@ class SlidingLog(MemoryLimits):
             self._callers.add(key, log)
         return _new(Decision, (True, tuple(remaining), tuple(resets), key, lease, (), 0.0))
 
-    def settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
+    def _settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
         if not self._seen <= now < self._edge:
             now = self._advance(now)
         self._seen = now
