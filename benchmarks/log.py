@@ -98,7 +98,7 @@ def run(smoke: bool = False) -> dict[str, Any]:
     """
     events, redaction = _exchanges(), Redaction()
     policy = RequestID()
-    fast = orjson.dumps if orjson is not None else encode_json
+    fast = orjson.dumps if orjson is not None else lambda event, **_: encode_json(event)
     plain_events = _plain_events(events)
     fields = plain_events()[0]
     with open(os.devnull, "wb", 0) as binary, open(os.devnull, "w") as text:  # noqa: PTH123

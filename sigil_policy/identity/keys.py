@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_public_key
 from jwt.algorithms import get_default_algorithms
 from jwt.exceptions import PyJWTError
 from pydantic import Field, SecretStr, model_validator
@@ -137,13 +137,7 @@ class Key:
                 f"the secret has {len(secret)} bytes; {name} takes at least {shortest} (RFC 7518 section 3.2): "
                 f"make one with python -c 'import secrets; print(secrets.token_urlsafe({shortest}))'"
             )
-        try:
-            _ALGORITHMS[name].prepare_key(secret)
-        except _UNREADABLE:
-            unfit = True
-        else:
-            unfit = False
-        if unfit:
+        if _is_public(secret, name):
             raise ValueError(f"the secret of {name} looks like a public key, certificate or JWK; that is no secret")
         return secret
 
@@ -165,6 +159,19 @@ class Key:
             given = "PEM ('-----BEGIN PUBLIC KEY-----')" if self.pem is not None else "JWK"
             raise ValueError(f"not a readable public key for {name} as {given}")
         return public
+
+
+def _is_public(secret: bytes, name: str) -> bool:
+    """Whether what was given as a secret is something that everybody knows (RFC 8725 section 2.1)."""
+    try:
+        _ALGORITHMS[name].prepare_key(secret)
+    except _UNREADABLE:
+        return True  # a PEM, an SSH key, a JWK as text
+    try:
+        load_der_public_key(secret)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def _spellings(algorithm: str) -> frozenset[str]:
