@@ -33,6 +33,7 @@ logger = logging.getLogger("sigil_policy")
 
 _BODY = "http.response.body"
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+_LAST = frozenset((_BODY, "http.response.pathsend", "websocket.close", "websocket.http.response.body"))
 _OVER = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 _HOOKS = ("on_request", "around", "on_body", "on_response", "on_chunk", "on_error", "on_finish")
 
@@ -353,6 +354,21 @@ class _Pass:
         waiting: list[_Outgoing] = _NOTHING
         if level < 0:
             level = stack.depth
+            if message["type"] == _BODY and not held:
+                # One of the many messages of a stream: watched, sent, counted.
+                body = message.get("body", b"")
+                for watch in stack.chunks[level]:
+                    watch(ex, body)
+                try:
+                    await self.send(message)
+                except Exception:
+                    self._lost()
+                    raise
+                if self.outermost:
+                    ex.sent_bytes += len(body)
+                    if not message.get("more_body", False):
+                        self._done()
+                return
         while True:
             kind = message["type"]
             let_go = -1
@@ -408,18 +424,18 @@ class _Pass:
                 elif kind == "websocket.close":
                     self.left = 0
             if through:
-                last = self.outermost and self._record(message, kind)
+                if self.outermost and kind != _BODY:
+                    self._record(message, kind)
                 try:
                     await self.send(message)
                 except Exception:
-                    if self.outermost:
-                        ex.gone = ex.gone or not ex.done
-                        if kind == _BODY:
-                            ex.sent_bytes -= len(message.get("body", b""))  # nobody got it
+                    self._lost()
                     raise
-                if last:
-                    ex.done = True
-                    ex.last_byte = ex.clock.monotonic()
+                if self.outermost and kind not in _STARTS:
+                    if kind == _BODY:
+                        ex.sent_bytes += len(message.get("body", b""))
+                    if kind in _LAST and not message.get("more_body", False):
+                        self._done()
             elif let_go >= 0:
                 # The start goes on from where it was held, then its body messages.
                 level = let_go + 1
@@ -430,23 +446,24 @@ class _Pass:
                 return
             message, level, head, released = waiting.pop()
 
-    def _record(self, message: Message, kind: str) -> bool:
-        """Note what goes to the server; whether it is the last that the client waits for."""
+    def _record(self, message: Message, kind: str) -> None:
+        """Note what is handed to the server."""
         ex = self.ex
-        if kind == _BODY:
-            ex.sent_bytes += len(message.get("body", b""))
-            return not message.get("more_body", False)
         if kind in _STARTS:
             ex.status = message.get("status", 101)
             ex.first_byte = ex.clock.monotonic()
-            return False
-        if kind == "websocket.close":
-            if ex.status is None:
-                ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted
-            return True
-        return kind == "http.response.pathsend" or (
-            kind == "websocket.http.response.body" and not message.get("more_body", False)
-        )
+        elif kind == "websocket.close" and ex.status is None:
+            ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted
+
+    def _lost(self) -> None:
+        """The server could not send: the client has gone."""
+        if self.outermost:
+            self.ex.gone = self.ex.gone or not self.ex.done
+
+    def _done(self) -> None:
+        """The last that the client waits for has been sent."""
+        self.ex.done = True
+        self.ex.last_byte = self.ex.clock.monotonic()
 
     def _decorate(self, message: Message, head: Head, level: int, released: int) -> int | None:
         """Run the head outwards from `level`; the policy that wants to hold it, or holds another, stops it there."""
