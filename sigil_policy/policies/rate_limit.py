@@ -48,12 +48,14 @@ from functools import cached_property, partial
 from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Network
 from math import ceil
+from threading import Lock
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import limits as limit_strings
 import structlog
 from anyio import move_on_after
+from cachetools import LRUCache
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as validated_dataclass
 
@@ -453,8 +455,9 @@ class RateLimit(Policy):
         return set()
 
     @cached_property
-    def _addresses(self) -> dict[Any, str]:
-        return {}
+    def _addresses(self) -> tuple[LRUCache[Any, str], Lock]:
+        """What addresses were understood as; a flood of new ones keeps those that come often."""
+        return LRUCache(maxsize=4_096), Lock()
 
     @cached_property
     def _networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -669,14 +672,15 @@ class RateLimit(Policy):
     def _address(self, ex: Exchange) -> str:
         forwarded = ex.headers.get(b"x-forwarded-for") if self.trusted_proxies else None
         asked = (ex.client, forwarded)
-        known = self._addresses.get(asked)
+        addresses, lock = self._addresses
+        with lock:
+            known = addresses.get(asked)
         if known is None:
             address = client_address(*asked, self._networks, trust_socket="unix" in self.trusted_proxies)
             known = address_key(address, self.ipv6_prefix)
             if forwarded is None or len(forwarded) < 200:
-                if len(self._addresses) >= 1_024:
-                    self._addresses.clear()
-                self._addresses[asked] = known
+                with lock:
+                    addresses[asked] = known
         return known
 
     def _never(self, face: _Face, estimate: int) -> Problem:
