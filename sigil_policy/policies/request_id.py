@@ -81,26 +81,28 @@ class RequestID(Policy):
             self.client_version_header.lower().encode(),
         )
 
+    @cached_property
+    def _rare(self) -> frozenset[bytes]:
+        """What most requests do not carry."""
+        return frozenset((*self._names[1:], b"traceparent"))
+
     def on_request(self, ex: Exchange) -> None:
         if Correlation in ex:
             return
         headers = ex.headers
-        name, session, client, version = self._names
+        name = self._names[0]
         # Two lines were joined by a comma, which no id may hold.
         request_id = (parse_id(headers[name]) if name in headers else None) or new_id()
+        ex[Correlation] = Correlation(request_id) if self._rare.isdisjoint(headers) else self._all(ex, request_id)
+        ex.keep(self, (name, request_id.encode()))
+
+    def _all(self, ex: Exchange, request_id: str) -> Correlation:
+        headers = ex.headers
+        session, client, version = (parse_id(headers[name]) if name in headers else None for name in self._names[1:])
         trace = None
         if b"traceparent" in headers and b"traceparent" not in ex.repeated:
             trace = parse_traceparent(headers[b"traceparent"])
-        ex.give(
-            Correlation(
-                request_id,
-                parse_id(headers[session]) if session in headers else None,
-                parse_id(headers[client]) if client in headers else None,
-                parse_id(headers[version]) if version in headers else None,
-                trace.trace_id if trace is not None else None,
-            )
-        )
-        ex.keep(self, (name, request_id.encode()))
+        return Correlation(request_id, session, client, version, None if trace is None else trace.trace_id)
 
     def on_response(self, ex: Exchange, head: Head) -> None:
         pair = ex.note(self)
