@@ -3,8 +3,9 @@
 `admit_us` is a decision by fixed windows (the default) with 1,000 callers, `ratio_1000000_to_1000` what it costs with a
 million in relation to that, `bytes_per_caller` all that a caller takes where there are 100,000: key, counters, place in
 a dictionary. For each algorithm: `us_1` to `us_1000000`, `reserve_us` (a decision that reserves tokens, and its
-settlement, 1,000 callers), `stall_us`, the longest single decision while a million callers come for the first time, and
-while all their windows end at once, and `stalls_per_million`, how many of those took over 200 µs.
+settlement, 1,000 callers), `levels_us` (a decision for a caller and their organisation together, 1,000 callers),
+`stall_us`, the longest single decision while a million callers come for the first time, and while all their windows end
+at once, and `stalls_per_million`, how many of those took over 200 µs.
 """
 
 import gc
@@ -24,6 +25,7 @@ PLAN = Plan(
     name="enterprise",
     windows=(Window(200_000, 1), Window(2_000_000, 60), Window(20_000_000, 3600), Window(2_000_000_000, 60, "tokens")),
 )
+LEVELS = Plan(name="team", levels=(PLAN, PLAN))
 START = 1_700_000_000.0
 CALLS = 2_000
 
@@ -64,9 +66,19 @@ class _Filled:
         start = time.process_time_ns()
         for one in keys:
             now += 0.001
-            lease = admit(one, PLAN, 1, 800, now).lease
+            lease = admit(one, PLAN, 1, (800,), now).lease
             assert lease is not None
-            settle(lease, 640, now)
+            settle(lease, (640,), now)
+        spent = time.process_time_ns() - start
+        self.now = now
+        return spent / CALLS / 1000
+
+    def levels(self) -> float:
+        keys, now, admit = [(one, one[:-1]) for one in self.keys()], self.now, self.store.admit
+        start = time.process_time_ns()
+        for pair in keys:
+            now += 0.001
+            admit(pair, LEVELS, 1, None, now)
         spent = time.process_time_ns() - start
         self.now = now
         return spent / CALLS / 1000
@@ -121,6 +133,7 @@ def run(smoke: bool) -> dict[str, Any]:
         blocks: dict[str, Block] = {f"us_{callers}": filled.admit for callers, filled in stores.items()}
         # Its own store: what is logged of tokens would make the others dearer.
         blocks["reserve_us"] = _Filled(algorithm, small).reserve
+        blocks["levels_us"] = _Filled(algorithm, small).levels
         samples = measure(blocks, rounds=rounds_for(smoke, 25))
         figures: dict[str, Any] = {name: samples.cost(name) for name in blocks}
         figures["ratio_1000000_to_1000"] = samples.ratio(f"us_{large}", to=f"us_{small}")

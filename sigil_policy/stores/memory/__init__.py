@@ -2,8 +2,8 @@
 
     store = memory_limits("sliding", max_callers=50_000)
 
-A store may be shared by the event loops of several threads. `FixedWindows` is the default: the cheapest, and the one
-whose `Reset` a client can put on a clock.
+A store may be shared by the event loops of several threads. `FixedWindows` is the default: the cheapest, the one
+whose `Reset` a client can put on a clock, and the only one that counts calendar months.
 """
 
 from sigil_policy.stores.limits import Algorithm
