@@ -37,6 +37,14 @@ RATE_EXCEEDED = library_type(
     "RATE_001", "RateLimitExceededError", 429,
     "Wait for the number of seconds in Retry-After", "Spread requests evenly, or ask for a higher tier",
 )  # fmt: skip
+CONCURRENCY_EXCEEDED = library_type(
+    "RATE_002", "ConcurrencyLimitExceededError", 429,
+    "Wait until a request that is in flight has ended", "Send fewer requests at the same time",
+)  # fmt: skip
+LIMITS_UNAVAILABLE = library_type(
+    "RATE_003", "LimitsUnavailableError", 503,
+    "Wait for the number of seconds in Retry-After, then try again",
+)  # fmt: skip
 BUDGET_EXCEEDED = library_type(
     "CTX_003", "TokenBudgetExceededError", 429,
     "Wait for the number of seconds in Retry-After", "Ask for fewer tokens, or for a higher tier",

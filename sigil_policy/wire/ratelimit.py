@@ -24,11 +24,16 @@ _VALUE = rb'(?:"(?:[ !#-\[\]-~]|\\["\\])*"|:[A-Za-z0-9+/=]*:|\?[01]|@?-?[0-9.]{1
 _MEMBER = re.compile(rb"[ \t]*(" + _STRING + rb")((?:; *[a-z*][a-z0-9_.*-]*(?:=" + _VALUE + rb")?)*)[ \t]*(?:,|\Z)")
 
 
-def policy_field(members: Iterable[tuple[str, int, int, str | None]]) -> bytes:
-    """`RateLimit-Policy` for (name, quota, seconds, unit) each; `unit=None` is requests. Raises `ValueError`."""
+def policy_field(members: Iterable[tuple[str, int, int, str | None]], *, degraded: bool = False) -> bytes:
+    """`RateLimit-Policy` for (name, quota, seconds, unit) each; `unit=None` is requests. Raises `ValueError`.
+
+    `degraded` marks every member with `sigil-degraded` (a vendor's parameter, section 3.1): the quota is one process's
+    share, because the store that all of them count in is away.
+    """
     return b", ".join(
         b"%b;q=%b;w=%b" % (sf_string(name), sf_integer(quota), sf_integer(seconds))
         + (b"" if unit is None else b";qu=" + sf_string(unit))
+        + (b";sigil-degraded" if degraded else b"")
         for name, quota, seconds, unit in members
     )
 

@@ -4,7 +4,9 @@
         tiers={"free": Tier(requests="1/second;20/minute;100/hour", tokens="10000/minute"), "pro": "50/second"},
         costs={"POST /v7/memory/search": 2},
         tokens={"POST /v7/agents/{name}/run": TokenRule(estimate=1_500)},
+        levels=[Level("organisation", key=by_claim("org"), limits="10000/hour")],
         exempt=["GET /health"],
+        store="redis://limits.internal",
     )])
 
     HTTP/1.1 200 OK                                     HTTP/1.1 429 Too Many Requests
@@ -19,12 +21,17 @@
 
 What it guarantees:
 
-* All windows and the token budget of a caller are one decision: a refused request consumes nothing anywhere.
+* All windows, the token budget and the `levels` above a caller are one decision: a refused request consumes nothing
+  anywhere.
 * What each algorithm promises is written in `sigil_policy.stores.memory`: "fixed" (default) aligned windows,
   "sliding" never more than the limit in any interval, "gcra" a smooth flow.
 * Tokens are reserved before and settled once, however the exchange ends. What was reported is charged. Where nothing
-  was reported, nothing is charged if nothing was produced (no byte of a 2xx response went out), else the estimate.
-  A report after the settlement is charged as well.
+  was reported, nothing is charged if nothing was produced (no byte of a 2xx response went out), else what was counted
+  while it went out. A report after the settlement is charged as well.
+* A stream that outgrows its estimate reserves more as it goes. When the budget has no more it is ended with a last
+  event that says so, or overdraws: `TokenRule.overrun`. What is over the budget is at most one part of the stream.
+* With a `store` on another machine the limits hold over all processes that share it. `on_store_loss` says what holds
+  while it is away.
 * A request whose estimate is above the budget of its tier is refused for good: 422, not 429.
 * A caller is the principal, else the client's address (IPv6: its /64), read from `X-Forwarded-For` only behind
   `trusted_proxies`. Nobody can evict a counter by coming under many names.
@@ -34,163 +41,48 @@ What it guarantees:
 
 Place it inside the authentication and `Scopes`. One more outside of them, `RateLimit(name="address", key=by_address)`,
 bounds what callers without a valid credential may try; what an inner policy refuses has counted in the outer one.
-Counted in this process unless a `store` says otherwise. A WebSocket counts as one request: its handshake.
+A WebSocket counts as one request: its handshake.
 
 draft-ietf-httpapi-ratelimit-headers-11; RFC 6585 section 4; API guidelines, "Rate Limiting" and "Token Budget
 Management".
 """
 
-import json
 import random
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import cached_property, partial
-from hashlib import sha256
-from ipaddress import IPv4Network, IPv6Network
-from math import ceil
-from threading import Lock
-from types import MappingProxyType
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-import limits as limit_strings
 import structlog
 from anyio import move_on_after
-from cachetools import LRUCache
-from pydantic import ConfigDict, Field, field_validator, model_validator
-from pydantic.dataclasses import dataclass as validated_dataclass
+from pydantic import Field, field_validator, model_validator
 
-from sigil_policy.core.catalogue import BUDGET_EXCEEDED, BUDGET_TOO_SMALL, RATE_EXCEEDED
+from sigil_policy.core.catalogue import BUDGET_EXCEEDED, BUDGET_TOO_SMALL, LIMITS_UNAVAILABLE, RATE_EXCEEDED
 from sigil_policy.core.exchange import Exchange, Head
-from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage, WindowState
-from sigil_policy.core.policy import Answer, Closable, Listed, Policy
-from sigil_policy.core.problems import Problem, Reply
+from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage
+from sigil_policy.core.policy import Answer, Closable, EndOfStream, Listed, Policy
+from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
-from sigil_policy.stores.limits import Algorithm, Decision, Lease, LimitStore, Plan, Unit, Window
+from sigil_policy.identity.callers import Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
+from sigil_policy.policies.rate_limit.fields import FIELDS, Face, merge, whole_seconds
+from sigil_policy.policies.rate_limit.loss import Fallback, OnStoreLoss
+from sigil_policy.policies.rate_limit.tiers import GUIDELINE_TIERS, LARGEST, Level, Tier, plain_name, tier
+from sigil_policy.policies.rate_limit.tokens import (
+    Estimated,
+    Spending,
+    TokenRule,
+    as_usage,
+    is_json,
+    last_words,
+    reported,
+)
+from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, StoreUnavailableError, Window
 from sigil_policy.stores.memory import memory_limits
-from sigil_policy.wire.forwarded import address_key, client_address
-from sigil_policy.wire.ratelimit import limit_template, member_names, policy_field
-from sigil_policy.wire.structured import sf_string
+from sigil_policy.stores.urls import limit_store
 
 logger = structlog.get_logger("sigil_policy")
 
-Pair = tuple[bytes, bytes]
-Key = Callable[[Exchange], str | None]
-Estimate = Callable[[Exchange], int | Awaitable[int | None] | None]
-
-USAGE_PATHS = ("metadata.tokens_used.total_tokens", "usage.total_tokens")
-
-_CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
-_LARGEST = 999_999_999_999_999
-_LONG_KEY = 256
-_TAIL = 8_192
-_ROUNDING = 1e-6
 _PATIENCE = 1.0  # seconds that a response waits for a store to settle
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
-_X_FIELDS = (b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-ratelimit-window")
-_FIELDS = frozenset((*_X_FIELDS, b"ratelimit", b"ratelimit-policy"))
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def by_principal(ex: Exchange) -> str | None:
-    """Counts per authenticated caller; who is anonymous counts by address."""
-    principal = ex.principal
-    return None if principal is None else principal.key
-
-
-def by_address(ex: Exchange) -> str | None:
-    """Counts per client address, whoever calls. The only key that may stand outside the authentication."""
-    return None
-
-
-@validated_dataclass(frozen=True, kw_only=True, config=_CONFIG)
-class Tier:
-    """What the callers of one tier may do.
-
-        Tier(requests="1/second;20/minute;100/hour", tokens="10000/minute")
-        Tier(requests="5 per 15 minutes", tokens=2_000_000)
-
-    Options:
-        requests: limits in the notation of `limits` (default None: requests are not limited).
-        tokens: the same for tokens, or a number of tokens per minute (default None: no budget).
-
-    Each needs windows of different lengths. Raises `ValueError` for what cannot be read, and for a limit of 0.
-    """
-
-    requests: str | None = None
-    tokens: str | int | None = None
-
-    @model_validator(mode="after")
-    def _readable(self) -> Self:
-        if not self.windows:
-            raise ValueError(
-                'a tier needs limits: write Tier(requests="20/minute"), Tier(tokens="10000/minute") or both'
-            )
-        return self
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        tokens = f"{self.tokens}/minute" if isinstance(self.tokens, int) else self.tokens
-        return (*_windows(self.requests, "requests"), *_windows(tokens, "tokens"))
-
-
-def _windows(text: str | None, unit: Unit) -> Iterable[Window]:
-    if text is None:
-        return
-    try:
-        parsed = limit_strings.parse_many(text)
-    except ValueError:
-        raise ValueError(f"limits {text!r} must be like '10/second;100/minute' or '5 per 15 minutes'") from None
-    lengths = set()
-    for item in sorted(parsed, key=lambda item: item.get_expiry()):
-        seconds = item.get_expiry()
-        if not 1 <= item.amount <= _LARGEST or seconds < 1:
-            raise ValueError(f"limits {text!r}: a limit is 1 to {_LARGEST} in at least one second")
-        if seconds in lengths:
-            raise ValueError(f"limits {text!r}: two limits for {seconds} seconds; keep the smaller one")
-        lengths.add(seconds)
-        length = item.GRANULARITY.name if item.multiples == 1 else f"{item.multiples}-{item.GRANULARITY.name}s"
-        yield Window(item.amount, seconds, unit, length if unit == "requests" else f"tokens-{length}")
-
-
-GUIDELINE_TIERS: Mapping[str, Tier] = MappingProxyType(
-    {
-        "free": Tier(requests="1/second;20/minute;100/hour", tokens=10_000),
-        "standard": Tier(requests="10/second;100/minute;1000/hour", tokens=100_000),
-        "pro": Tier(requests="50/second;500/minute;5000/hour", tokens=500_000),
-        "enterprise": Tier(requests="200/second;2000/minute;20000/hour", tokens=2_000_000),
-    }
-)
-"""The table of the API guidelines, "Rate Limit Tiers"."""
-
-
-@validated_dataclass(frozen=True, kw_only=True, config=_CONFIG)
-class TokenRule:
-    """A route that spends language-model tokens.
-
-        TokenRule(estimate=1_500)
-        TokenRule(estimate=by_max_tokens)    # def by_max_tokens(ex): ..., may be async and read `await ex.body(limit)`
-
-    Options:
-        estimate: tokens to reserve: a number, or a function from the exchange to one, which may be async. None
-            (default, also as an answer): none are reserved, and requests are refused once nothing remains.
-        usage: where a JSON response, or an event of a stream of server-sent events, tells what was used, as paths of
-            member names (default: "metadata.tokens_used.total_tokens", "usage.total_tokens"). Asked only when the
-            application did not `report_tokens`.
-    """
-
-    estimate: int | Estimate | None = None
-    usage: Listed[str] = USAGE_PATHS
-
-    @field_validator("estimate")
-    @classmethod
-    def _not_negative(cls, estimate: int | Estimate | None) -> int | Estimate | None:
-        if isinstance(estimate, bool) or (isinstance(estimate, int) and not 0 <= estimate <= _LARGEST):
-            raise ValueError(f"an estimate is a number of tokens from 0 to {_LARGEST}, a function, or None")
-        return estimate
-
-    @cached_property
-    def paths(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(path.split(".")) for path in self.usage)
 
 
 class _Rule:
@@ -204,87 +96,7 @@ class _Rule:
 
 
 _EXEMPT = _Rule(0, None)
-
-
-class _Spending:
-    """The tokens of one exchange: `used` as far as it is known, `left` once it is settled."""
-
-    __slots__ = ("lease", "left", "rule", "tail", "used")
-
-    def __init__(self, lease: Lease, rule: TokenRule) -> None:
-        self.lease = lease
-        self.rule = rule
-        self.used: int | None = None
-        self.left: tuple[int, ...] | None = None
-        self.tail: bytearray | None = None
-
-
-class _Face:
-    """A plan as clients see it: everything that can be encoded before there is a request."""
-
-    def __init__(self, plan: Plan, policy: "RateLimit") -> None:
-        self.plan = plan
-        prefix = "" if policy.name is None else f"{policy.name}-"
-        self.names = [prefix + window.name for window in plan.windows]
-        self.units = [window.unit for window in plan.windows]
-        self.limits = [window.limit for window in plan.windows]
-        self.lengths = [window.seconds for window in plan.windows]
-        self.fixed = list(zip(self.names, self.units, self.limits, self.lengths, strict=True))
-        self.split = len(plan.requests)
-        self.budget = min((window.limit for window in plan.tokens), default=None)
-        headline = next(
-            (i for i, w in enumerate(plan.requests) if w.name == (policy.headline or "minute")), self.split - 1
-        )
-        self.headline = headline if policy.x_headers and plan.requests else None
-        self.x_headers = policy.x_headers
-        self.drafted = policy.draft is not None
-        self.limit_pairs = [(b"x-ratelimit-limit", b"%d" % limit) for limit in self.limits]
-        self.length_pairs = [(b"x-ratelimit-window", b"%d" % seconds) for seconds in self.lengths]
-        rows = zip(self.names, self.limits, self.lengths, self.units, strict=True)
-        self.policy_pair = (
-            b"ratelimit-policy",
-            policy_field((n, limit, length, None if u == "requests" else u) for n, limit, length, u in rows),
-        )
-        self.template = limit_template(self.names)
-        # Stores that align windows answer with one and the same tuple of resets for a while.
-        self.known: tuple[Any, float, bytes, bytes] = (None, 0.0, b"", b"")
-
-    def quoted(self, suffix: str) -> list[bytes]:
-        """The names as they stand in the fields."""
-        return [sf_string(name + suffix) for name in self.names]
-
-    def pairs(self, decision: Decision, now: float, shown: int | None) -> list[Pair]:
-        """The fields for `decision`, made at `now`; `shown` is the window that `X-RateLimit-*` describes."""
-        remaining, resets = decision.remaining, decision.reset
-        known, second, moment, template = self.known
-        if resets is not known or not second <= now < second + 1 or shown != self.headline:
-            moment = b"" if shown is None else b"%d" % ceil(resets[shown] - _ROUNDING)
-            template = self.template % tuple([_seconds(reset - now) for reset in resets])
-            if shown == self.headline:
-                self.known = (resets, now // 1, moment, template)
-        pairs = []
-        if shown is not None:
-            pairs = [
-                self.limit_pairs[shown],
-                (b"x-ratelimit-remaining", b"%d" % remaining[shown]),
-                (b"x-ratelimit-reset", moment),
-                self.length_pairs[shown],
-            ]
-        if self.drafted:
-            pairs += [self.policy_pair, (b"ratelimit", template % remaining)]
-        return pairs
-
-    def windows(self, decision: Decision) -> tuple[WindowState, ...]:
-        rows = zip(self.fixed, decision.remaining, decision.reset, strict=True)
-        return tuple(WindowState(name, unit, limit, r, at, sec) for (name, unit, limit, sec), r, at in rows)
-
-    def quota(self, decision: Decision) -> Quota:
-        return Quota(self.plan.name, partial(self.windows, decision))
-
-
-def _seconds(wait: float) -> int:
-    """Whole seconds, never too few; a moment of time is exact to a quarter of a microsecond."""
-    return max(ceil(wait - _ROUNDING), 0)
+_PLAIN = _Rule(1, None)
 
 
 class RateLimit(Policy):
@@ -313,8 +125,16 @@ class RateLimit(Policy):
         headline: name of the window in `X-RateLimit-*` (default None: "minute", else the tier's longest). On 429 they
             describe the window that refused.
         algorithm: "fixed" (default), "sliding" or "gcra"; see `sigil_policy.stores.memory`.
-        store: where the counters are (default None: a fresh one in this process). Policies that share one share the
-            counters of a caller, unless they have different names.
+        levels: limits that callers share, from the narrowest `Level` to the widest; decided together with the caller's
+            own (default none).
+        store: where the counters are: a URL such as "redis://host" or "valkey://host", a `LimitStore`, or None for a
+            fresh one in this process (default). Policies that share one share the counters of a caller, unless they
+            have different names.
+        on_store_loss: what holds while the store is away: "closed" (default) admits nobody, "open" everybody, "local"
+            this process's share; see `sigil_policy.policies.rate_limit.loss`.
+        expected_replicas: how many processes share the limits; wanted for "local".
+        lease: seconds that a reservation holds in a shared store after its process was last heard of (default 60).
+        lapsed: what becomes of it then: "returned" (default) or "charged".
         name: sets this policy apart: in front of its windows' names in headers, and of its counters in a shared store
             (default None).
         draft: 11 sends `RateLimit-Policy` and `RateLimit` as that draft writes them (default), None sends neither. The
@@ -338,13 +158,18 @@ class RateLimit(Policy):
     anonymous_tier: str = "free"
     key: Key = by_principal
     costs: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
-    tokens: Mapping[str, TokenRule | Annotated[int, Field(ge=0, le=_LARGEST)]] = Field(default_factory=dict)
+    tokens: Mapping[str, TokenRule | Annotated[int, Field(ge=0, le=LARGEST)]] = Field(default_factory=dict)
     exempt: Listed[str] = ()
-    trusted_proxies: Listed[IPv4Network | IPv6Network | Literal["unix"]] = ()
+    trusted_proxies: TrustedProxies = ()
     ipv6_prefix: Annotated[int, Field(ge=16, le=128)] = 64
     headline: str | None = None
     algorithm: Algorithm = "fixed"
+    levels: Listed[Level] = ()
     store: Any = None
+    on_store_loss: OnStoreLoss = "closed"
+    expected_replicas: Annotated[int, Field(ge=1)] | None = None
+    lease: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    lapsed: Literal["returned", "charged"] = "returned"
     name: str | None = None
     draft: Literal[11] | None = 11
     x_headers: bool = True
@@ -358,25 +183,18 @@ class RateLimit(Policy):
     def _tiers_readable(cls, tiers: Mapping[str, Tier | str]) -> Mapping[str, Tier | str]:
         if not tiers:
             raise ValueError('tiers is empty; write at least tiers={"free": "20/minute"}')
-        return {name: Tier(requests=tier) if isinstance(tier, str) else tier for name, tier in tiers.items()}
+        return {name: tier(limits) for name, limits in tiers.items()}
 
     @field_validator("name")
     @classmethod
     def _name_plain(cls, name: str | None) -> str | None:
-        if name is not None and not _NAME.fullmatch(name):
-            raise ValueError(f"name {name!r} must be letters, digits, '.', '_' and '-': it stands in response headers")
-        return name
+        return None if name is None else plain_name(name, "name")
 
-    @field_validator("trusted_proxies")
+    @field_validator("store")
     @classmethod
-    def _somebody_untrusted(cls, proxies: tuple[Any, ...]) -> tuple[Any, ...]:
-        for proxy in proxies:
-            if proxy != "unix" and proxy.prefixlen == 0:
-                raise ValueError(
-                    f"trusted_proxies has {proxy}, everybody: then each caller chooses its own address; "
-                    "name the networks that the proxies are in"
-                )
-        return proxies
+    def _found_by_url(cls, store: Any) -> Any:
+        # Here, so that a URL with a password stands in no repr.
+        return limit_store(store) if isinstance(store, str) else store
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -386,46 +204,60 @@ class RateLimit(Policy):
                 raise ValueError(
                     f"{option} {getattr(self, option)!r} is not in tiers ({', '.join(tiers)}); name one of them"
                 )
-        names = {window.name for tier in tiers.values() for window in tier.windows if window.unit == "requests"}
+        names = {window.name for row in tiers.values() for window in row.windows if window.unit == "requests"}
         if self.headline is not None and self.headline not in names:
             raise ValueError(
                 f"headline {self.headline!r} is no request window of any tier ({', '.join(sorted(names))})"
             )
-        budgets = [face.budget for face in self._faces.values() if face.budget is not None]
-        if self.tokens and not budgets:
-            raise ValueError("tokens has rules, but no tier has a token budget; write Tier(requests=..., tokens=...)")
-        for route, rule in self.tokens.items():
-            estimate = rule.estimate if isinstance(rule, TokenRule) else rule
-            if isinstance(estimate, int) and estimate > max(budgets):
-                raise ValueError(
-                    f"tokens[{route!r}] has the estimate {estimate}, which fits into no tier's budget "
-                    f"(at most {max(budgets)}): every such request would be refused"
-                )
+        if len({level.name for level in self.levels}) < len(self.levels):
+            raise ValueError("two levels have the same name; it tells their windows apart in headers")
+        self._estimates_fit()
         for route in self.exempt:
             if route in self.costs or route in self.tokens:
                 raise ValueError(f"route {route!r} is exempt and has a cost or a token rule; keep one of them")
-        if not all(callable(getattr(self.counters, method, None)) for method in ("prepare", "admit", "settle")):
+        methods = ("prepare", "admit", "extend", "settle", "charge")
+        if not all(callable(getattr(self.counters, method, None)) for method in methods):
             raise ValueError(
-                f"store must be a LimitStore with prepare, admit and settle, not {type(self.store).__name__}"
+                f"store must be a URL or a LimitStore with {', '.join(methods)}, not {type(self.store).__name__}"
             )
         if self.algorithm not in getattr(self.counters, "algorithms", ()):
             known = ", ".join(sorted(self.counters.algorithms))
             raise ValueError(
                 f"this store counts by {known}, not by {self.algorithm}; write algorithm= as the store does"
             )
-        for face in self._faces.values():
-            self.counters.prepare(face.plan)
+        if self.on_store_loss == "local" and self.expected_replicas is None:
+            raise ValueError('on_store_loss="local" needs expected_replicas: how many processes share the limits')
+        for plan in (
+            *(face.plan for face in self._faces.values()),
+            *(p for row in self._level_plans for p in row.values()),
+        ):
+            self.counters.prepare(plan)
         self.rules()
         # A hook that has nothing to do here is taken out of the pass.
         if not self.tokens:
             object.__setattr__(self, "on_body", None)
             object.__setattr__(self, "on_chunk", None)
-        if not budgets:
+        if not self._budgeted and not self._remote:
             object.__setattr__(self, "on_finish", None)
-        if self.key is by_address:
+        if self.key is by_address and not self.levels:
             # Needs to know nobody: may stand outside the authentication.
             object.__setattr__(self, "reads", ())
         return self
+
+    def _estimates_fit(self) -> None:
+        if self.tokens and not self._budgeted:
+            raise ValueError("tokens has rules, but no tier has a token budget; write Tier(requests=..., tokens=...)")
+        faces = [face for face in self._faces.values() if face.budgets]
+        for route, rule in self.tokens.items():
+            estimate = rule.estimate if isinstance(rule, TokenRule) else rule
+            if isinstance(estimate, int | TokenUsage) and faces:
+                usage = as_usage(estimate, route)
+                if all(_too_large(face, face.amounts(usage)) is not None for face in faces):
+                    most = max(window.limit for face in faces for window, _ in face.budgets)
+                    raise ValueError(
+                        f"tokens[{route!r}] has the estimate {estimate}, which fits into no tier's budget "
+                        f"(at most {most}): every such request would be refused"
+                    )
 
     # --- what is known before a request ----------------------------------------------------------------------------
 
@@ -435,33 +267,68 @@ class RateLimit(Policy):
         return memory_limits(self.algorithm) if self.store is None else self.store
 
     @cached_property
-    def _faces(self) -> dict[str | None, _Face]:
+    def _remote(self) -> bool:
+        return bool(getattr(self.counters, "remote", False))
+
+    @cached_property
+    def _fallback(self) -> Fallback:
+        return Fallback(self.counters, self.on_store_loss, self.expected_replicas or 1, self.algorithm)
+
+    @cached_property
+    def _faces(self) -> dict[str | None, Face]:
         """By tier; under None that of anonymous callers."""
-        prefix = "" if self.name is None else f"{self.name} "
-        faces: dict[str | None, _Face] = {}
-        for tier, anonymous in (*((tier, False) for tier in self.tiers), (self.anonymous_tier, True)):
-            plan = Plan(
-                name=tier,
-                windows=cast("Mapping[str, Tier]", self.tiers)[tier].windows,
-                algorithm=self.algorithm,
-                anonymous=anonymous,
-                overflow=f"{prefix}overflow anonymous" if anonymous else f"{prefix}overflow {tier}",
-            )
-            faces[None if anonymous else tier] = _Face(plan, self)
+        tiers = cast("Mapping[str, Tier]", self.tiers)
+        faces: dict[str | None, Face] = {}
+        for name, anonymous in (*((name, False) for name in tiers), (self.anonymous_tier, True)):
+            plan = self._plan(name, tiers[name], "anonymous" if anonymous else name, anonymous=anonymous)
+            faces[None if anonymous else name] = self._face(plan, [(plan, "")])
         return faces
+
+    def _plan(self, name: str, row: Tier, overflow: str, *, anonymous: bool = False) -> Plan:
+        return Plan(
+            name=name,
+            windows=row.windows,
+            algorithm=self.algorithm,
+            anonymous=anonymous,
+            overflow=f"{'' if self.name is None else f'{self.name} '}overflow {overflow}",
+            lease=self.lease,
+            lapsed=self.lapsed,
+        )
+
+    def _face(self, plan: Plan, levels: Iterable[tuple[Plan, str]]) -> Face:
+        prefix = "" if self.name is None else f"{self.name}-"
+        levels = list(levels)
+        names = [f"{prefix}{level}{window.name}" for part, level in levels for window in part.requests]
+        names += [f"{prefix}{level}{window.name}" for part, level in levels for window in part.tokens]
+        return Face(
+            plan,
+            self.counters,
+            names,
+            headline=self.headline,
+            x_headers=self.x_headers,
+            drafted=self.draft is not None,
+        )
+
+    @cached_property
+    def _level_plans(self) -> list[dict[str, Plan]]:
+        """For each level its plans by row; the first row is for tiers that are not in the table."""
+        return [
+            {name: self._plan(name, row, f"@{level.name} {name}") for name, row in level.rows.items()}
+            for level in self.levels
+        ]
+
+    @cached_property
+    def _levelled_faces(self) -> dict[tuple[Any, ...], Face]:
+        """Faces of callers under levels, as they turn up: at most one for each combination of rows."""
+        return {}
 
     @cached_property
     def _unknown_tiers(self) -> set[str | None]:
         return set()
 
     @cached_property
-    def _addresses(self) -> tuple[LRUCache[Any, str], Lock]:
-        """What addresses were understood as; a flood of new ones keeps those that come often."""
-        return LRUCache(maxsize=4_096), Lock()
-
-    @cached_property
-    def _networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        return tuple(proxy for proxy in self.trusted_proxies if proxy != "unix")
+    def _address(self) -> Addresses:
+        return Addresses(self.trusted_proxies, self.ipv6_prefix)
 
     @cached_property
     def _usage_field(self) -> bytes | None:
@@ -495,101 +362,117 @@ class RateLimit(Policy):
     # --- the pass --------------------------------------------------------------------------------------------------
 
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
-        if ex.get(Public) is not None:
+        if Public in ex:
             return None
         if ex.method == "OPTIONS" and b"origin" in ex.headers and b"access-control-request-method" in ex.headers:
             return None
-        rule = ex.rule(self) if self._ruled else None
+        rule: _Rule | None = ex.rule(self) if self._ruled else None
         if rule is _EXEMPT:
             return None
         principal = ex.principal
         face = self._faces.get(None if principal is None else principal.tier)
         if face is None or (principal is not None and principal.tier is None):
             face = self._default_face(principal.tier if principal is not None else None)
-        key = self.key(ex)
-        if key is None:
-            key = self._address(ex)
+        name = self.key(ex)
+        if name is None:
+            name = self._address(ex)
         elif self._own_key:
-            # Not an address, nor a bucket that is shared: whatever it says, it is a name of its own.
-            key = f"key {sha256(key.encode('utf-8', 'surrogatepass')).hexdigest() if len(key) > _LONG_KEY else key}"
-        elif len(key) > _LONG_KEY:
-            key = f"sha256 {sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+            name = own(name)
+        elif len(name) > 256:
+            name = bounded(name)
         if self.name is not None:
-            key = f"{self.name} {key}"
+            name = f"{self.name} {name}"
+        key: Any = name
+        if self.levels:
+            face, key = self._levelled(ex, face, name)
         if rule is None:
-            now = ex.clock.time()
-            decision = self._admit(key, face.plan, 1, None, now)
+            decision = self._admit(key, face.plan, 1, None, ex.clock.time())
             if type(decision) is not Decision:
-                return self._decided_later(ex, face, decision, now, None)
+                return self._decided_later(ex, face, key, _PLAIN, None, decision)
             if not decision.admitted:
-                return self._refuse(face, decision, now)
-            ex.keep(self, (face, decision, now, None))
+                return self._refuse(face, decision)
+            ex.keep(self, (face, decision, None))
             ex.give(face.quota(decision))
             return None
-        if rule.tokens is None or face.budget is None:
+        if rule.tokens is None or not face.budgets:
             return self._ask(ex, face, key, rule, None)
-        estimate = rule.tokens.estimate
+        estimate: Any = rule.tokens.estimate
         if callable(estimate):
             estimate = estimate(ex)
-            if estimate is not None and not isinstance(estimate, int):
+            if estimate is not None and not isinstance(estimate, int | TokenUsage):
                 return self._estimated_later(ex, face, key, rule, estimate)
-        return self._ask(ex, face, key, rule, estimate or 0)
+        return self._ask(ex, face, key, rule, as_usage(estimate, ex.path))
 
     def _ask(
-        self, ex: Exchange, face: _Face, key: str, rule: _Rule, estimate: int | None
+        self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: TokenUsage | None
     ) -> Answer | Awaitable[Answer]:
+        amounts = None
         if estimate is not None:
-            if estimate < 0:
-                raise ValueError(f"the estimate for {ex.path} is {estimate} tokens; it must be 0 or more, or None")
-            if face.budget is not None and estimate > face.budget:
-                return self._never(face, estimate)
-        now = ex.clock.time()
-        tokens = None if estimate is None else rule.tokens
-        decision = self._admit(key, face.plan, rule.cost, estimate, now)
+            amounts = face.amounts(estimate)
+            too_large = _too_large(face, amounts)
+            if too_large is not None:
+                return _never(face, amounts, too_large)
+        decision = self._admit(key, face.plan, rule.cost, amounts, ex.clock.time())
         if type(decision) is Decision:
-            return self._decided(ex, face, decision, now, tokens)
-        return self._decided_later(ex, face, decision, now, tokens)
+            return self._decided(ex, face, rule, estimate, decision)
+        return self._decided_later(ex, face, key, rule, estimate, decision)
 
     async def _estimated_later(
-        self, ex: Exchange, face: _Face, key: str, rule: _Rule, estimate: Awaitable[int | None]
+        self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: Awaitable[Estimated]
     ) -> Answer:
-        answer = self._ask(ex, face, key, rule, await estimate or 0)
+        answer = self._ask(ex, face, key, rule, as_usage(await estimate, ex.path))
         return answer if answer is None or isinstance(answer, Problem | Reply) else await answer
 
     async def _decided_later(
-        self, ex: Exchange, face: _Face, decision: Awaitable[Decision], now: float, tokens: TokenRule | None
+        self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: TokenUsage | None, asked: Awaitable[Decision]
     ) -> Answer:
-        return self._decided(ex, face, await decision, now, tokens)
+        try:
+            decision = await asked
+        except StoreUnavailableError as lost:
+            fallback = self._fallback
+            fallback.lost(lost, ex.clock)
+            if self.on_store_loss == "open":
+                return None
+            amounts = None if estimate is None else face.amounts(estimate)
+            if self.on_store_loss == "closed" or (
+                amounts is not None and _too_large(fallback.share(face), amounts) is not None
+            ):
+                return _unavailable(lost.retry_after)
+            decision = fallback.decide(face, key, rule.cost, amounts, ex.clock)
+            face = fallback.share(face)
+        return self._decided(ex, face, rule, estimate, decision)
 
     def _decided(
-        self, ex: Exchange, face: _Face, decision: Decision, now: float, tokens: TokenRule | None
+        self, ex: Exchange, face: Face, rule: _Rule, estimate: TokenUsage | None, decision: Decision
     ) -> Problem | None:
         if not decision.admitted:
-            return self._refuse(face, decision, now)
+            return self._refuse(face, decision)
         lease = decision.lease
-        spending = None if lease is None or tokens is None else _Spending(lease, tokens)
-        ex.keep(self, (face, decision, now, spending))
+        spending = None
+        if lease is not None and rule.tokens is not None and estimate is not None:
+            spending = Spending(lease, face, rule.tokens, estimate)
+        ex.keep(self, (face, decision, spending))
         ex.give(face.quota(decision))
         return None
 
     def wants_body(self, ex: Exchange, head: Head) -> bool:
         note = ex.note(self)
-        if note is None or note[3] is None or ex.method == "HEAD":
+        if note is None or note[2] is None or ex.method == "HEAD":
             return False
         # Whatever it is, if the application has told already: a whole body can be settled before it leaves.
-        return TokenUsage in ex or self._usage_in(head) is not None or _is_json(head)
+        return TokenUsage in ex or self._usage_in(head) is not None or is_json(head)
 
     def on_body(self, ex: Exchange, head: Head, body: bytes) -> Awaitable[None] | None:
-        spending: _Spending | None = ex.note(self)[3]
+        spending: Spending | None = ex.note(self)[2]
         if spending is None or spending.left is not None:
             return None
         used = self._told(ex, head)
-        if used is None and _is_json(head):
-            used = _reported(ex, body, spending.rule)
+        if used is None and is_json(head):
+            used = reported(ex, body, spending.rule)
         if used is None:
             return None
         spending.used = used
-        settled = self.counters.settle(spending.lease, used, ex.clock.time())
+        settled = spending.face.store.settle(spending.lease, spending.face.amounts(used), ex.clock.time())
         if isinstance(settled, tuple):
             spending.left = settled
             return None
@@ -599,54 +482,94 @@ class RateLimit(Policy):
         note = ex.note(self)
         if note is None:
             return
-        face, decision, now, spending = note
+        face, decision, spending = note
         headers = head.headers
         if spending is not None:
-            decision = self._show_tokens(ex, head, face, decision, spending)
+            decision = self._show_tokens(ex, head, decision, spending)
         if head.status in _REDIRECTS and not self.on_redirects:
             return
-        pairs = face.pairs(decision, now, face.headline)
-        if _FIELDS.isdisjoint(dict(headers)):
+        pairs = face.pairs(decision, face.headline)
+        if FIELDS.isdisjoint(dict(headers)):
             headers += pairs
         else:
-            _merge(head, pairs, face)
+            merge(head, pairs, face)
 
-    def on_chunk(self, ex: Exchange, chunk: bytes) -> None:
+    def on_chunk(self, ex: Exchange, chunk: bytes) -> Awaitable[EndOfStream | None] | None:
         note = ex.note(self)
-        if note is not None and note[3] is not None and note[3].tail is not None:
-            tail = note[3].tail
-            tail += chunk
-            if len(tail) > 2 * _TAIL:
-                del tail[:-_TAIL]
+        spending: Spending | None = None if note is None else note[2]
+        if spending is None or spending.events is None:
+            return None
+        spending.add(chunk)
+        if spending.left is not None or spending.overdrawn:
+            return None
+        missing = spending.missing(spending.known(ex))
+        return None if missing is None else self._top_up(ex, spending, missing)
+
+    async def _top_up(self, ex: Exchange, spending: Spending, missing: tuple[int, ...]) -> EndOfStream | None:
+        """Reserve more for a stream that outgrows its estimate; where the budget has no more, what the rule says."""
+        face = spending.face
+        step = spending.step
+        problem = None
+        try:
+            while True:
+                more = tuple([number and max(number, step) for number in missing])
+                held = face.store.extend(spending.lease, more, ex.clock.time())
+                if (held if held is None or isinstance(held, tuple) else await held) is not None:
+                    return None
+                if more == missing:
+                    break
+                step //= 4
+            spending.overdrawn = True
+            problem = _exhausted(face, missing)
+        except StoreUnavailableError as lost:
+            # Charged when the exchange ends; meanwhile the store is not asked again for every part.
+            spending.overdrawn = True
+            if self.on_store_loss == "closed":
+                problem = _unavailable(lost.retry_after)
+        if problem is None or spending.rule.overrun == "overdraw" or spending.events is None:
+            return None
+        return EndOfStream(last_words(spending.events, encode_json(ex.style.members(problem, ex))))
 
     def on_finish(self, ex: Exchange) -> Awaitable[None] | None:
         note = ex.note(self)
         if note is None:
             return None
-        face, decision, now, spending = note
+        face, decision, spending = note
         usage = ex.get(TokenUsage)
-        if spending is None:
-            if usage is None or not face.plan.tokens:
-                return None
-            # Reported on a route without a rule: what is used is used.
-            lease, used = Lease(decision.key, face.plan, 0, now), usage.total_tokens
-        elif spending.left is not None:
-            late = 0 if usage is None else usage.total_tokens - (spending.used or 0)
-            if late <= 0:
-                return None
-            lease, used = Lease(decision.key, face.plan, 0, now), late
+        now = ex.clock.time()
+        if spending is not None and spending.left is None:
+            lease, used = spending.lease, face.amounts(spending.final(ex))
+            settled = face.store.settle(lease, used, now)
+            if isinstance(settled, tuple):
+                return self._catch_up(ex)
+            return self._settle(ex, settled, lambda: self._fallback.unsettled(lease, used))
+        # Reported on a route without a rule, or after the settlement: what is used is used.
+        if usage is not None and face.budgets:
+            before = None if spending is None else spending.used
+            late = usage if before is None else TokenUsage(*(max(n - m, 0) for n, m in zip(usage, before, strict=True)))
+            if any(late):
+                charged = face.store.charge(decision.key, face.plan, (0,) * face.split + face.amounts(late), now)
+                if not isinstance(charged, tuple):
+                    return self._settle(ex, charged, lambda: None)
+        return self._catch_up(ex) if self._remote else None
+
+    async def _settle(self, ex: Exchange, settled: Awaitable[Any], otherwise: Callable[[], None]) -> None:
+        try:
+            await settled
+        except StoreUnavailableError as lost:
+            self._fallback.lost(lost, ex.clock)
+            otherwise()
+        except BaseException:
+            # The time that an exchange has for this is over, or somebody has cancelled even that.
+            otherwise()
+            raise
         else:
-            lease = spending.lease
-            if usage is not None:
-                used = usage.total_tokens
-            elif spending.used is not None:
-                used = spending.used
-            elif spending.tail and (found := _last_event(ex, spending.tail, spending.rule)) is not None:
-                used = found
-            else:
-                used = lease.reserved if _produced(ex) else 0
-        settled = self.counters.settle(lease, used, ex.clock.time())
-        return None if isinstance(settled, tuple) else _wait(settled)
+            reconciling = self._catch_up(ex)
+            if reconciling is not None:
+                await reconciling
+
+    def _catch_up(self, ex: Exchange) -> Awaitable[None] | None:
+        return self._fallback.reconcile() if self._remote and self._fallback.pending(ex.clock) else None
 
     # --- parts of it -----------------------------------------------------------------------------------------------
 
@@ -659,54 +582,62 @@ class RateLimit(Policy):
         return bool(self.costs or self.tokens or self.exempt)
 
     @cached_property
-    def _admit(self) -> Callable[[str, Plan, int, int | None, float], Any]:
+    def _budgeted(self) -> bool:
+        return any(face.budgets for face in self._faces.values()) or any(
+            plan.tokens for rows in self._level_plans for plan in rows.values()
+        )
+
+    @cached_property
+    def _admit(self) -> Callable[[Any, Plan, int, tuple[int, ...] | None, float], Any]:
         return self.counters.admit
 
-    def _default_face(self, tier: str | None) -> _Face:
+    def _default_face(self, tier: str | None) -> Face:
         unknown = self._unknown_tiers
         if tier not in unknown and len(unknown) < 100:
             unknown.add(tier)
             logger.warning("rate_limit_tier_unknown", tier=None if tier is None else tier[:64], used=self.default_tier)
         return self._faces[self.default_tier]
 
-    def _address(self, ex: Exchange) -> str:
-        forwarded = ex.headers.get(b"x-forwarded-for") if self.trusted_proxies else None
-        asked = (ex.client, forwarded)
-        addresses, lock = self._addresses
-        with lock:
-            known = addresses.get(asked)
+    def _levelled(self, ex: Exchange, face: Face, name: str) -> tuple[Face, Any]:
+        """The face and the keys of a caller with the levels above it."""
+        keys = [name]
+        rows: list[Any] = [face]
+        prefix = "" if self.name is None else f"{self.name} "
+        for level, plans in zip(self.levels, self._level_plans, strict=True):
+            shared = level.key(ex)
+            if shared is None:
+                continue
+            tier = level.tier(ex) if level.tier is not None else ex.principal.tier if ex.principal else None
+            row = tier if tier in plans else next(iter(plans))
+            rows.append((level.name, plans[row]))
+            # No caller's name begins like that: neither an address nor a principal nor a key of the application.
+            keys.append(f"{prefix}@{level.name} {bounded(shared)}")
+        if len(keys) == 1:
+            return face, name
+        combined = tuple(rows)
+        known = self._levelled_faces.get(combined)
         if known is None:
-            address = client_address(*asked, self._networks, trust_socket="unix" in self.trusted_proxies)
-            known = address_key(address, self.ipv6_prefix)
-            if forwarded is None or len(forwarded) < 200:
-                with lock:
-                    addresses[asked] = known
-        return known
+            parts = [(face.plan, ""), *((plan, f"{name}-") for name, plan in rows[1:])]
+            plan = Plan(name=face.plan.name, levels=tuple(part for part, _ in parts))
+            self.counters.prepare(plan)
+            known = self._levelled_faces[combined] = self._face(plan, parts)
+        return known, tuple(keys)
 
-    def _never(self, face: _Face, estimate: int) -> Problem:
-        window = min(face.plan.tokens)
-        return BUDGET_TOO_SMALL(
-            f"This request may need {estimate} tokens; the budget is {window.limit} in {window.seconds} seconds.",
-            required=estimate,
-            limit=window.limit,
-            window=window.seconds,
-        )
-
-    def _refuse(self, face: _Face, decision: Decision, now: float) -> Problem:
+    def _refuse(self, face: Face, decision: Decision) -> Problem:
         index = decision.refused_by[0]
         window = face.plan.windows[index]
         # Never before the moment that any of the refusing windows gives (draft section 6).
-        waits = [_seconds(decision.reset[i] - now) for i in decision.refused_by]
-        wait = max(1, _seconds(decision.retry_after), *waits)
+        waits = [whole_seconds(decision.reset[i] - decision.at) for i in decision.refused_by]
+        wait = max(1, whole_seconds(decision.retry_after), *waits)
         if self.retry_spread:
             wait += random.randint(0, self.retry_spread)  # noqa: S311  spreads load, keeps no secret
-        pairs = face.pairs(decision, now, index if self.x_headers else None)
+        pairs = face.pairs(decision, index if self.x_headers else None)
         pairs.append((b"retry-after", b"%d" % wait))
-        if window.unit == "tokens" and self.x_headers:
-            pairs.append((b"x-tokens-remaining", b"%d" % min(decision.remaining[face.split :])))
-        kind = BUDGET_EXCEEDED if window.unit == "tokens" else RATE_EXCEEDED
+        if window.unit != "requests" and self.x_headers:
+            pairs.append((b"x-tokens-remaining", b"%d" % face.left(decision.remaining[face.split :])))
+        kind = RATE_EXCEEDED if window.unit == "requests" else BUDGET_EXCEEDED
         return kind(
-            f"{window.limit} {window.unit} in {window.seconds} seconds are allowed; try again in {wait} seconds.",
+            f"{_words(window)} are allowed; try again in {wait} seconds.",
             headers=pairs,
             limit=window.limit,
             window=window.seconds,
@@ -715,120 +646,89 @@ class RateLimit(Policy):
             violated_policies=[face.names[i] for i in decision.refused_by],
         )
 
-    def _usage_in(self, head: Head) -> int | None:
+    def _usage_in(self, head: Head) -> TokenUsage | None:
         value = None if self._usage_field is None else head.get(self._usage_field)
-        return int(value) if value is not None and value.isdigit() and len(value) < 16 else None
+        if value is None or not value.isdigit() or len(value) > 15:
+            return None
+        return TokenUsage(0, 0, int(value))
 
-    def _told(self, ex: Exchange, head: Head) -> int | None:
+    def _told(self, ex: Exchange, head: Head) -> TokenUsage | None:
         """What the application says that it used, as far as it has."""
         usage = ex.get(TokenUsage)
-        return self._usage_in(head) if usage is None else usage.total_tokens
+        return self._usage_in(head) if usage is None else usage
 
-    def _show_tokens(self, ex: Exchange, head: Head, face: _Face, decision: Decision, spending: _Spending) -> Decision:
+    def _show_tokens(self, ex: Exchange, head: Head, decision: Decision, spending: Spending) -> Decision:
         """Add the token headers; returns the decision with the tokens that remain as far as is known now."""
+        face = spending.face
         if spending.left is None:
             spending.used = self._told(ex, head)
-            media_type = head.get(b"content-type")
-            if media_type is not None and media_type[:17].lower() == b"text/event-stream":
-                spending.tail = bytearray()
+            spending.watch(head)
         left = spending.left
         if left is None:
-            over = 0 if spending.used is None else spending.used - spending.lease.reserved
-            left = tuple([max(number - over, 0) for number in decision.remaining[face.split :]])
+            held = spending.lease.reserved
+            amounts = held if spending.used is None else face.amounts(spending.used)
+            rows = zip(decision.remaining[face.split :], amounts, held, strict=True)
+            left = tuple([max(number + reserved - used, 0) for number, used, reserved in rows])
         if self._usage_field is not None and self._usage_field != b"x-tokens-used":
             head.remove(self._usage_field)
         if self.x_headers:
             if spending.used is not None:
-                head.replace(b"x-tokens-used", b"%d" % spending.used)
-            head.replace(b"x-tokens-remaining", b"%d" % min(left))
+                head.replace(b"x-tokens-used", b"%d" % spending.used.total_tokens)
+            head.replace(b"x-tokens-remaining", b"%d" % face.left(left))
         return decision._replace(remaining=decision.remaining[: face.split] + left)
 
 
-async def _wait(settled: Awaitable[Any]) -> None:
-    await settled
+def _too_large(face: Face, amounts: tuple[int, ...]) -> int | None:
+    """The first token window that could never hold its amount."""
+    for index, ((window, _), amount) in enumerate(zip(face.budgets, amounts, strict=True)):
+        if amount > window.limit:
+            return index
+    return None
 
 
-async def _settled_later(spending: _Spending, settled: Awaitable[tuple[int, ...]]) -> None:
+def _words(window: Window) -> str:
+    length = "a calendar month" if window.calendar else f"{window.seconds} seconds"
+    return f"{window.limit} {window.unit.replace('-', ' ')} in {length}"
+
+
+def _never(face: Face, amounts: tuple[int, ...], index: int) -> Problem:
+    window, _ = face.budgets[index]
+    return BUDGET_TOO_SMALL(
+        f"This request may need {amounts[index]} {window.unit.replace('-', ' ')}; the budget is {_words(window)}.",
+        required=amounts[index],
+        limit=window.limit,
+        window=window.seconds,
+    )
+
+
+def _exhausted(face: Face, missing: tuple[int, ...]) -> Problem:
+    """Why a stream that had begun is ended."""
+    lacking = [row for row, number in zip(face.budgets, missing, strict=True) if number]
+    window, _ = lacking[0]
+    return BUDGET_EXCEEDED(
+        f"The budget of {_words(window)} is spent; the response ends here.",
+        limit=window.limit,
+        window=window.seconds,
+        unit=window.unit,
+        violated_policies=[name for _, name in lacking],
+    )
+
+
+def _unavailable(retry_after: float) -> Problem:
+    wait = max(1, whole_seconds(retry_after))
+    return LIMITS_UNAVAILABLE(
+        f"Limits cannot be checked at the moment; try again in {wait} seconds.",
+        headers=((b"retry-after", b"%d" % wait),),
+        retry_after=wait,
+    )
+
+
+async def _settled_later(spending: Spending, settled: Awaitable[tuple[int, ...]]) -> None:
     """A store that fails or hangs takes no response away: `on_finish` settles again, and a lease settles once."""
     try:
         with move_on_after(_PATIENCE):
             spending.left = await settled
+    except StoreUnavailableError:
+        pass
     except Exception:
         logger.exception("rate_limit_settlement_failed")
-
-
-def _produced(ex: Exchange) -> bool:
-    """Whether the client may have got something for its tokens."""
-    status = ex.status
-    return status is not None and (status == 101 or (200 <= status < 300 and ex.sent_bytes > 0))
-
-
-def _is_json(head: Head) -> bool:
-    media_type = (head.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-    return (media_type == b"application/json" or media_type.endswith(b"+json")) and head.get(
-        b"content-encoding"
-    ) is None
-
-
-def _reported(ex: Exchange, text: bytes, rule: TokenRule) -> int | None:
-    """The tokens that a JSON text tells of; then they are a fact, for logs and others."""
-    # Most texts that say nothing are not parsed.
-    if not any(path[-1].encode() in text for path in rule.paths):
-        return None
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    for path in rule.paths:
-        within: Any = None
-        found = document
-        for member in path:
-            within = found
-            found = found.get(member) if isinstance(found, dict) else None
-        if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= _LARGEST:
-            parts = [within.get(member) for member in ("input_tokens", "output_tokens")]
-            known = [part if isinstance(part, int) and 0 <= part <= found else 0 for part in parts]
-            ex.give(TokenUsage(known[0], known[1], found))
-            return found
-    return None
-
-
-def _last_event(ex: Exchange, tail: bytearray, rule: TokenRule) -> int | None:
-    """The usage in the newest server-sent event that tells one; it is usually the last, or the last but one."""
-    lines = re.split(rb"\r\n|\r|\n", bytes(tail))
-    told = (_reported(ex, line[5:], rule) for line in reversed(lines[-64:]) if line.startswith(b"data:"))
-    return next((used for used in told if used is not None), None)
-
-
-def _merge(head: Head, pairs: list[Pair], face: _Face) -> None:
-    """Add `pairs` to a head that has such fields already: from the application, or from a policy inside."""
-    ours = dict(pairs)
-    remaining = head.get(b"x-ratelimit-remaining")
-    if not any(head.get(name) is not None for name in _X_FIELDS):
-        head.headers += [pair for pair in pairs if pair[0] in _X_FIELDS]
-    elif (
-        b"x-ratelimit-remaining" in ours
-        and head.status != 429  # they say which window refused
-        and remaining is not None
-        and remaining.isdigit()
-        and int(remaining[:20]) > int(ours[b"x-ratelimit-remaining"])
-    ):
-        head.remove(*_X_FIELDS)
-        head.headers += [pair for pair in pairs if pair[0] in _X_FIELDS]
-    if not face.drafted:
-        return
-    theirs = [b", ".join(head.get_all(name)) for name in (b"ratelimit-policy", b"ratelimit")]
-    names = [member_names(value) if value else frozenset[bytes]() for value in theirs]
-    if names[0] is None or names[1] is None:
-        return  # an older draft's: a mixture could be read by nobody
-    taken = names[0] | names[1]
-    suffix, number = "", 1
-    while not taken.isdisjoint(face.quoted(suffix)):
-        number += 1
-        suffix = f"-{number}"
-    for name, value in zip((b"ratelimit-policy", b"ratelimit"), theirs, strict=True):
-        mine = ours[name]
-        if suffix:
-            for plain, other in zip(face.quoted(""), face.quoted(suffix), strict=True):
-                mine = mine.replace(plain, other)
-        head.replace(name, value + b", " + mine if value else mine)

@@ -471,10 +471,12 @@ async def test_usage_is_read_from_json(body: bytes, total: int) -> None:
     ],
     ids=["bool", "negative", "float", "list", "string", "cut", "deep", "long"],
 )
-async def test_what_is_no_usage_is_charged_at_the_estimate(body: bytes) -> None:
-    app = stack(RateLimit(tiers=BIG, tokens=RUN), app=answering(body=body))
-    assert tokens(await drive(app, "POST", "/run")) == (None, "900")
-    assert await left(app) == 900
+async def test_what_is_no_usage_is_charged_by_the_bytes_of_the_body(body: bytes) -> None:
+    app = stack(
+        RateLimit(tiers={"free": Tier(requests="9/minute", tokens=10_000)}, tokens=RUN), app=answering(body=body)
+    )
+    assert tokens(await drive(app, "POST", "/run")) == (None, "9900")
+    assert await left(app) == 10_000 - -(-len(body) // 4)
 
 
 async def test_only_routes_with_a_rule_are_read() -> None:
@@ -540,7 +542,7 @@ async def test_an_estimate_is_reserved_while_the_request_runs() -> None:
 
 async def test_the_budget_refuses_what_does_not_fit_now() -> None:
     clock = FrozenClock(START + 12)
-    app = stack(RateLimit(tiers=BIG, tokens={"/run": 600}), app=answering(body=b"text", headers=()), clock=clock)
+    app = stack(RateLimit(tiers=BIG, tokens={"/run": 600}), app=answering(used=600), clock=clock)
     assert (await drive(app, "POST", "/run")).status == 200
     sent = await drive(app, "POST", "/run")
     assert sent.status == 429
@@ -581,7 +583,8 @@ async def test_an_estimate_may_be_awaited_and_read_the_body() -> None:
     sent = await drive(app, "POST", "/run", body=b'{"max_tokens": 300}')
     assert sent.body == b'{"max_tokens": 300}'
     assert tokens(sent) == (None, "700")
-    assert tokens(await drive(app, "POST", "/run", body=b"{}")) == (None, "700")
+    # 5 tokens for the 19 bytes of the first response.
+    assert tokens(await drive(app, "POST", "/run", body=b"{}")) == (None, "995")
     assert (await drive(app, "POST", "/run", body=b'{"max_tokens": 3000}')).status == 422
 
 
@@ -653,7 +656,7 @@ def failing(after: int, *, status: int = 200, reported: int = 0, error: BaseExce
     [
         pytest.param(failing(0), 0, id="error before anything"),
         pytest.param(failing(1), 0, id="error after the head"),
-        pytest.param(failing(2), 100, id="error in mid-stream, nothing known"),
+        pytest.param(failing(3), 2, id="error in mid-stream, nothing told"),
         pytest.param(failing(2, reported=17), 17, id="error in mid-stream, what was produced is known"),
         pytest.param(failing(0, reported=17), 17, id="error before anything, but tokens were used"),
         pytest.param(failing(2, status=500), 0, id="an error response of the application"),
@@ -668,13 +671,13 @@ async def test_every_ending_settles(app: Any, charged: int) -> None:
 
 
 async def test_an_error_response_is_not_charged_and_a_body_without_usage_is() -> None:
-    for status, body, charged in ((500, b"{}", 0), (404, b"{}", 0), (200, b"", 0), (204, b"", 0), (201, b"{}", 100)):
+    for status, body, charged in ((500, b"{}", 0), (404, b"{}", 0), (200, b"", 0), (204, b"", 0), (201, b"{}", 1)):
         under = stack(RateLimit(tiers=BIG, tokens=RUN), app=answering(status, body))
         await drive(under, "POST", "/run")
         assert await left(under) == 1_000 - charged, status
 
 
-@pytest.mark.parametrize(("produced", "charged"), [(0, 0), (1, 0), (2, 100)])
+@pytest.mark.parametrize(("produced", "charged"), [(0, 0), (1, 0), (2, 1)])
 async def test_a_cancelled_request_settles(produced: int, charged: int) -> None:
     async def hang(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] != "/run":
@@ -695,7 +698,7 @@ async def test_a_cancelled_request_settles(produced: int, charged: int) -> None:
 
 
 # Whether a body message whose `send` raised has reached the client is not known.
-@pytest.mark.parametrize(("allowed", "charged"), [(0, {0}), (1, {0, 100}), (2, {100})])
+@pytest.mark.parametrize(("allowed", "charged"), [(0, {0}), (1, {0, 1}), (2, {1, 2})])
 async def test_a_client_that_leaves_settles(allowed: int, charged: set[int]) -> None:
     sent_so_far = 0
 
@@ -752,7 +755,7 @@ LONG_EVENT = b"data: " + b"x" * 5_000 + b"\n\n"
         pytest.param([b'data: {"usa', b'ge": {"total_tokens": 42}}\r\n\r\n'], 42, id="cut in two"),
         pytest.param([b'data:{"usage":{"total_tokens":%d}}\n\n' % total for total in (1, 9)], 9, id="newest"),
         pytest.param([LONG_EVENT] * 20 + [b'data: {"usage": {"total_tokens": 42}}\n\n'], 42, id="long"),
-        pytest.param([b"data: hello\n\n"], 100, id="nothing told: the estimate"),
+        pytest.param([b"data: hello\n\n"], 1, id="nothing told: what was counted"),
     ],
 )  # fmt: skip
 async def test_usage_is_read_from_the_last_events_of_a_stream(events: list[bytes], charged: int) -> None:
@@ -855,15 +858,25 @@ class Remote:
     def prepare(self, plan: Plan) -> None:
         self.inner.prepare(plan)
 
-    async def admit(self, key: str, plan: Plan, cost: int, estimate: int | None, now: float) -> Decision:
+    async def admit(self, key: Any, plan: Plan, cost: int, estimate: Any, now: float) -> Decision:
         await anyio.lowlevel.checkpoint()
         self.calls.append("admit")
         return self.inner.admit(key, plan, cost, estimate, now)
 
-    async def settle(self, lease: Lease, used: int, now: float) -> tuple[int, ...]:
+    async def extend(self, lease: Lease, more: tuple[int, ...], now: float) -> tuple[int, ...] | None:
+        await anyio.lowlevel.checkpoint()
+        self.calls.append("extend")
+        return self.inner.extend(lease, more, now)
+
+    async def settle(self, lease: Lease, used: tuple[int, ...], now: float) -> tuple[int, ...]:
         await anyio.lowlevel.checkpoint()
         self.calls.append("settle")
         return self.inner.settle(lease, used, now)
+
+    async def charge(self, key: Any, plan: Plan, amounts: tuple[int, ...], now: float) -> tuple[int, ...]:
+        await anyio.lowlevel.checkpoint()
+        self.calls.append("charge")
+        return self.inner.charge(key, plan, amounts, now)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -878,7 +891,7 @@ async def test_a_store_may_be_awaited() -> None:
     assert store.calls == ["admit", "settle", "admit"]
     with pytest.raises(RuntimeError):
         await drive(stack(RateLimit(tiers=BIG, tokens=RUN, store=store), app=failing(2)), "POST", "/run")
-    assert await left(app) == 870
+    assert await left(app) == 969
     await app.aclose()
     assert store.closed
 
@@ -888,7 +901,9 @@ async def test_a_remote_refusal_and_an_awaited_estimate() -> None:
         await anyio.lowlevel.checkpoint()
         return 700
 
-    app = stack(RateLimit(tiers=BIG, tokens={"/run": TokenRule(estimate=estimate)}, store=Remote()))
+    app = stack(
+        RateLimit(tiers=BIG, tokens={"/run": TokenRule(estimate=estimate)}, store=Remote()), app=answering(used=700)
+    )
     assert [(await drive(app, "POST", "/run")).status for _ in range(2)] == [200, 429]
 
 
