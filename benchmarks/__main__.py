@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-NAMES = ("stack", "policies", "stream", "limits", "auth", "log", "routes", "server")
+NAMES = ("stack", "policies", "stream", "limits", "auth", "log", "routes", "server", "stores")
 
 TARGETS: dict[str, dict[str, tuple[str, float]]] = {
     "stack": {"ratio_to_base_http": ("<=", 0.25), "ratio_peers": (">=", 15)},
@@ -18,6 +18,13 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
     "auth": {"cached_us": ("<=", 2), "forged_80k_us": ("<=", 10)},
     "log": {"event_us": ("<=", 8)},
     "routes": {"ratio": ("<=", 1.5)},
+    "stores": {
+        "trips_admit": ("<=", 1),
+        "trips_settle": ("<=", 1),
+        "admit_us_over_ping": ("<=", 80),
+        "ratio_pool": (">=", 3),
+        "ratio_limits": (">=", 8),
+    },
     "server": {"fastapi_ratio": (">=", 0.75), "asgi_ratio": (">=", 0.50)},
 }
 """What is to be reached, by benchmark and key."""

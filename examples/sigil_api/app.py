@@ -3,9 +3,11 @@
 app = create_app(Home(".sigil_api"), database="agents.db")
 """
 
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TextIO
 
 from anyio.to_thread import run_sync
@@ -48,6 +50,8 @@ def create_app(
     log: TextIO = sys.stdout,
     pace: float = 0.01,
     clock: Clock = SYSTEM_CLOCK,
+    store: str | None = None,
+    replicas: int = 1,
 ) -> FastAPI:
     """The application.
 
@@ -57,11 +61,13 @@ def create_app(
         log: where one JSON line per exchange goes (default: standard output).
         pace: seconds between two tokens of a streamed answer (default 0.01: slow enough to watch).
         clock: where time comes from (default: the machine's).
+        store: URL of the store in which limits are counted (default None: in this process).
+        replicas: how many processes serve the API together (default 1).
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Storage]]:
-        storage = await run_sync(Storage, database, clock)
+        storage = await run_sync(partial(Storage, database, clock, shared=replicas > 1))
         try:
             yield {"storage": storage}
         finally:
@@ -75,5 +81,17 @@ def create_app(
             served.include_router(router)
         app.include_router(served, dependencies=_DOCUMENTED, responses=_PROBLEM)
     app.include_router(budget.health)
-    app.add_middleware(PolicyStack, policies=policies(home, log=log, clock=clock), clock=clock)
+    app.add_middleware(
+        PolicyStack, policies=policies(home, log=log, clock=clock, store=store, replicas=replicas), clock=clock
+    )
     return app
+
+
+def create_worker() -> FastAPI:
+    """The application of one of several worker processes, which find their options in the environment."""
+    return create_app(
+        Home(os.environ["SIGIL_HOME"]),
+        database=os.environ["SIGIL_DATABASE"],
+        store=os.environ["SIGIL_STORE"] or None,
+        replicas=int(os.environ["SIGIL_REPLICAS"]),
+    )

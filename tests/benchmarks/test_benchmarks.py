@@ -19,6 +19,7 @@ KEYS = {
     "auth": {"cached_us", "api_key_us", "forged_80k_us", "verify_us", "pyjwt_us", "verify_to_pyjwt"},
     "log": set(TARGETS["log"]),
     "routes": {"us_10", "us_1000", "us_10000", "ratio", "uniform_ratio"},
+    "stores": {*TARGETS["stores"], "checks_per_s", "pool_checks_per_s", "flood_us", "flood_uncached_us"},
     "server": {"fastapi_ratio", "asgi_ratio", "cpu_us_per_request", "generator"},
 }
 
