@@ -14,6 +14,7 @@ Both are remembered for a bounded number of callers; the newest win.
 """
 
 from collections import OrderedDict, deque
+from functools import cached_property
 from typing import Any, Literal
 
 import structlog
@@ -22,6 +23,7 @@ from sigil_policy.core.clock import Clock
 from sigil_policy.policies.rate_limit.fields import Face
 from sigil_policy.stores.limits import Algorithm, Decision, Key, Lease, LimitStore, Plan, StoreUnavailableError, Window
 from sigil_policy.stores.memory import memory_limits
+from sigil_policy.stores.memory.callers import MemoryLimits
 
 logger = structlog.get_logger("sigil_policy")
 
@@ -38,7 +40,7 @@ class Fallback:
         self.mode = mode
         self.store = store
         self.replicas = replicas
-        self.local = memory_limits(algorithm)
+        self.algorithm = algorithm
         self._faces: dict[Face, Face] = {}
         self._plans: dict[Plan, Plan] = {}
         self._admitted: OrderedDict[tuple[Key, Face], Clock] = OrderedDict()
@@ -48,6 +50,11 @@ class Fallback:
         restored = getattr(store, "on_restored", None)
         if restored is not None:
             restored(self._restored)
+
+    @cached_property
+    def local(self) -> MemoryLimits:
+        """Where this process counts meanwhile."""
+        return memory_limits(self.algorithm)
 
     def pending(self, clock: Clock) -> bool:
         """Whether something waits for the store, which may be back."""

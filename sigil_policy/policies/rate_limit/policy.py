@@ -233,6 +233,8 @@ class RateLimit(Policy):
         ):
             self.counters.prepare(plan)
         self.rules()
+        # Made now: the places of one policy in several stacks have it in common, as they have the store.
+        self._fallback  # noqa: B018
         # A hook that has nothing to do here is taken out of the pass.
         if not self.tokens:
             object.__setattr__(self, "on_body", None)
