@@ -7,11 +7,12 @@ A key is a name; None means that there is nobody to name: a caller is then count
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, Literal
+from threading import Lock
+from typing import Annotated, Any, Literal
 
+from cachetools import LRUCache, cached
 from pydantic import AfterValidator
 
 from sigil_policy.core.exchange import Exchange
@@ -88,7 +89,7 @@ class Addresses:
             return address_key(client_address(peer, forwarded, networks, trust_socket=trust_socket), ipv6_prefix)
 
         self._understand = understand
-        self._known = lru_cache(4_096)(understand)
+        self._known = cached(LRUCache[Any, str](4_096), lock=Lock())(understand)
         self._trusting = trust_socket or bool(networks)
 
     def __call__(self, ex: Exchange) -> str:

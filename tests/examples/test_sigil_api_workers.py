@@ -58,10 +58,8 @@ def test_two_workers_admit_together_what_one_would(server, home):
 def test_what_a_run_used_is_known_to_every_worker(server, home):
     token = home.mint_token(subject="grace", tier="pro", scopes=["agents:write", "agents:execute", "agents:read"])
     headers = {"Authorization": f"Bearer {token}"}
-    made = httpx2.post(
-        f"{server.address}/v7/agents",
-        json={"name": "counter", "stratum": "RAI", "description": "Counts"}, headers=headers, trust_env=False, timeout=30,
-    )  # fmt: skip
+    agent = {"name": "counter", "stratum": "RAI", "description": "Counts"}
+    made = httpx2.post(f"{server.address}/v7/agents", json=agent, headers=headers, trust_env=False, timeout=30)
     assert made.status_code == 201
     run = httpx2.post(
         f"{server.address}/v7/agents/counter/run", json={"input": "count"}, headers=headers, trust_env=False, timeout=30

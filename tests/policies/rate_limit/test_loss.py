@@ -180,6 +180,7 @@ async def test_a_settlement_that_was_cut_off_is_made_later() -> None:
         return await settle(*arguments)
 
     store.settle = slow  # type: ignore[method-assign]
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await answering(used=70 if scope["path"] == "/run" else 0)(scope, receive, send)
 
