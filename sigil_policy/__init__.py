@@ -4,9 +4,10 @@
 
     app.add_middleware(PolicyStack, policies=[RequestID(), AccessLog(), Problems()])    # outermost first
 
-Policies: `RequestID`, `AccessLog`, `Problems`, `Versioning`, `BearerAuth`, `ApiKeyAuth`, `Scopes`, `RateLimit`,
-`CacheControl`, `Conditional`; each also as a middleware of its own (`RequestIDMiddleware`, ...). Your own policy is a
-subclass of `Policy`. Names load on first use: importing the package imports nothing that you do not use.
+Policies: `RequestID`, `AccessLog`, `Problems`, `Versioning`, `BearerAuth`, `ApiKeyAuth`, `Scopes`,
+`ConcurrencyLimit`, `RateLimit`, `CacheControl`, `Conditional`; each also as a middleware of its own
+(`RequestIDMiddleware`, ...). Your own policy is a subclass of `Policy`. Names load on first use: importing the package
+imports nothing that you do not use.
 """
 
 from importlib import import_module
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sigil_policy.core.facts import TokenUsage as TokenUsage
     from sigil_policy.core.facts import WindowState as WindowState
     from sigil_policy.core.ordering import PolicyOrderError as PolicyOrderError
+    from sigil_policy.core.policy import EndOfStream as EndOfStream
     from sigil_policy.core.policy import Policy as Policy
     from sigil_policy.core.problems import Problem as Problem
     from sigil_policy.core.problems import ProblemType as ProblemType
@@ -37,12 +39,17 @@ if TYPE_CHECKING:
     from sigil_policy.identity.api_keys import FileApiKeyStore as FileApiKeyStore
     from sigil_policy.identity.api_keys import MemoryApiKeyStore as MemoryApiKeyStore
     from sigil_policy.identity.api_keys import new_key as new_key
+    from sigil_policy.identity.callers import by_address as by_address
+    from sigil_policy.identity.callers import by_claim as by_claim
+    from sigil_policy.identity.callers import by_principal as by_principal
+    from sigil_policy.identity.callers import by_subject as by_subject
     from sigil_policy.identity.issuers import Issuer as Issuer
     from sigil_policy.identity.keys import Key as Key
     from sigil_policy.middleware import AccessLogMiddleware as AccessLogMiddleware
     from sigil_policy.middleware import ApiKeyAuthMiddleware as ApiKeyAuthMiddleware
     from sigil_policy.middleware import BearerAuthMiddleware as BearerAuthMiddleware
     from sigil_policy.middleware import CacheControlMiddleware as CacheControlMiddleware
+    from sigil_policy.middleware import ConcurrencyLimitMiddleware as ConcurrencyLimitMiddleware
     from sigil_policy.middleware import ConditionalMiddleware as ConditionalMiddleware
     from sigil_policy.middleware import ProblemsMiddleware as ProblemsMiddleware
     from sigil_policy.middleware import RateLimitMiddleware as RateLimitMiddleware
@@ -56,13 +63,13 @@ if TYPE_CHECKING:
     from sigil_policy.policies.bearer import BearerAuth as BearerAuth
     from sigil_policy.policies.cache_control import CacheControl as CacheControl
     from sigil_policy.policies.cache_control import CacheRule as CacheRule
+    from sigil_policy.policies.concurrency import ConcurrencyLimit as ConcurrencyLimit
     from sigil_policy.policies.conditional import Conditional as Conditional
     from sigil_policy.policies.problems import Problems as Problems
+    from sigil_policy.policies.rate_limit import Level as Level
     from sigil_policy.policies.rate_limit import RateLimit as RateLimit
     from sigil_policy.policies.rate_limit import Tier as Tier
     from sigil_policy.policies.rate_limit import TokenRule as TokenRule
-    from sigil_policy.policies.rate_limit import by_address as by_address
-    from sigil_policy.policies.rate_limit import by_principal as by_principal
     from sigil_policy.policies.request_id import RequestID as RequestID
     from sigil_policy.policies.scopes import AllOf as AllOf
     from sigil_policy.policies.scopes import AnyOf as AnyOf
@@ -70,8 +77,14 @@ if TYPE_CHECKING:
     from sigil_policy.policies.versioning import Deprecation as Deprecation
     from sigil_policy.policies.versioning import Version as Version
     from sigil_policy.policies.versioning import Versioning as Versioning
+    from sigil_policy.stores.adapter import LimitsStorage as LimitsStorage
     from sigil_policy.stores.limits import LimitStore as LimitStore
+    from sigil_policy.stores.limits import StoreUnavailableError as StoreUnavailableError
     from sigil_policy.stores.memory import memory_limits as memory_limits
+    from sigil_policy.stores.redis import RedisLimits as RedisLimits
+    from sigil_policy.stores.redis import RedisSlots as RedisSlots
+    from sigil_policy.stores.shares import QuotaShares as QuotaShares
+    from sigil_policy.stores.slots import SlotStore as SlotStore
     from sigil_policy.telemetry.logs import CorrelationFilter as CorrelationFilter
     from sigil_policy.telemetry.logs import JSONLines as JSONLines
     from sigil_policy.telemetry.logs import add_correlation as add_correlation
@@ -85,10 +98,11 @@ _HOMES = {
     "core.exchange": ("Exchange", "Head", "current_exchange", "get_exchange", "report_tokens"),
     "core.facts": ("Correlation", "Principal", "Public", "Quota", "TokenUsage", "WindowState"),
     "core.ordering": ("PolicyOrderError",),
-    "core.policy": ("Policy",),
+    "core.policy": ("EndOfStream", "Policy"),
     "core.problems": ("Problem", "ProblemType", "Reply", "registered_types"),
     "core.stack": ("PolicyStack",),
     "identity.api_keys": ("ApiKeyRecord", "ApiKeyStore", "FileApiKeyStore", "MemoryApiKeyStore", "new_key"),
+    "identity.callers": ("by_address", "by_claim", "by_principal", "by_subject"),
     "identity.issuers": ("Issuer",),
     "identity.keys": ("Key",),
     "middleware": (
@@ -96,6 +110,7 @@ _HOMES = {
         "ApiKeyAuthMiddleware",
         "BearerAuthMiddleware",
         "CacheControlMiddleware",
+        "ConcurrencyLimitMiddleware",
         "ConditionalMiddleware",
         "ProblemsMiddleware",
         "RateLimitMiddleware",
@@ -110,12 +125,17 @@ _HOMES = {
     "policies.cache_control": ("CacheControl", "CacheRule"),
     "policies.conditional": ("Conditional",),
     "policies.problems": ("Problems",),
-    "policies.rate_limit": ("RateLimit", "Tier", "TokenRule", "by_address", "by_principal"),
+    "policies.concurrency": ("ConcurrencyLimit",),
+    "policies.rate_limit": ("Level", "RateLimit", "Tier", "TokenRule"),
     "policies.request_id": ("RequestID",),
     "policies.scopes": ("AllOf", "AnyOf", "Scopes"),
     "policies.versioning": ("Deprecation", "Version", "Versioning"),
-    "stores.limits": ("LimitStore",),
+    "stores.adapter": ("LimitsStorage",),
+    "stores.limits": ("LimitStore", "StoreUnavailableError"),
     "stores.memory": ("memory_limits",),
+    "stores.redis": ("RedisLimits", "RedisSlots"),
+    "stores.shares": ("QuotaShares",),
+    "stores.slots": ("SlotStore",),
     "telemetry.logs": ("CorrelationFilter", "JSONLines", "add_correlation"),
     "telemetry.redaction": ("Redaction", "RedactionFilter", "redact"),
 }

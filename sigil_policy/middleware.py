@@ -16,6 +16,7 @@ from sigil_policy.policies.access_log import AccessLog
 from sigil_policy.policies.api_key import ApiKeyAuth
 from sigil_policy.policies.bearer import BearerAuth
 from sigil_policy.policies.cache_control import CacheControl
+from sigil_policy.policies.concurrency import ConcurrencyLimit
 from sigil_policy.policies.conditional import Conditional
 from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.rate_limit import RateLimit
@@ -47,6 +48,7 @@ AccessLogMiddleware = as_middleware(AccessLog)
 ApiKeyAuthMiddleware = as_middleware(ApiKeyAuth)
 BearerAuthMiddleware = as_middleware(BearerAuth)
 CacheControlMiddleware = as_middleware(CacheControl)
+ConcurrencyLimitMiddleware = as_middleware(ConcurrencyLimit)
 ConditionalMiddleware = as_middleware(Conditional)
 ProblemsMiddleware = as_middleware(Problems)
 RateLimitMiddleware = as_middleware(RateLimit)
