@@ -4,19 +4,24 @@
     verified = verifier.verify(token, now=clock.time())      # TokenError, whatever is wrong
     verified.principal.subject
 
+Header first, then the signature, then the claims: nobody makes us read what no key has signed. Where keys of several
+issuers may have signed, only the claims can tell which, and they are read first, within tight bounds.
+
 Every refusal is the same `TokenError`; its `reason` is for the operator and never leaves the service. Whatever bytes
 come in, nothing else comes out. What is refused, and why, stands beside the check: RFC 7515, 7519, 8725 (and its
 successor's draft), 9068.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sigil_policy.core.facts import Principal
 from sigil_policy.identity.issuers import Issuer
-from sigil_policy.wire.jws import MAX_TOKEN, CompactJws, parse_compact
+from sigil_policy.wire.jws import MAX_TOKEN, CompactJws, parse_compact, parse_object
+
+Parsed = TypeVar("Parsed")
 
 _MAX_KID = 256
 _LENIENT_TYPES = frozenset(("jwt", "at+jwt"))
@@ -47,28 +52,31 @@ class TokenVerifier:
         realm: the protection space that the principals name in challenges.
     """
 
-    __slots__ = ("_issuers", "_realm")
+    __slots__ = ("_issuers", "_only", "_owners", "_realm")
 
     def __init__(self, issuers: Iterable[Issuer], *, realm: str = "api") -> None:
         self._issuers = {issuer.url: issuer for issuer in issuers}
+        self._only = next(iter(self._issuers.values())) if len(self._issuers) == 1 else None
+        self._owners = _owners(self._issuers.values())
         self._realm = realm
 
     def verify(self, token: bytes, now: float) -> VerifiedToken:
         """The verdict on `token` at `now` (seconds since the epoch). Raises `TokenError`, and nothing else."""
         if len(token) > MAX_TOKEN:
             raise TokenError("size")
+        jws = _read(parse_compact, token)
+        issuer = self._only or self._owner(jws.header)
+        if issuer is not None:
+            _check_signature(issuer, jws)
+            claims = _read(_parse_trusted, jws.payload)
+            if self._issuer(claims) is not issuer:
+                raise TokenError("key")
+        else:
+            claims = _read(parse_object, jws.payload)
+            issuer = self._issuer(claims)
+            _check_signature(issuer, jws)
         try:
-            jws = parse_compact(token)
-        except ValueError:
-            jws = None
-        if jws is None:
-            # Outside of the handler: a parser's error carries the text it could not read, and is not chained here.
-            raise TokenError("form")
-        issuer = self._issuer(jws.claims)
-        _check_header(jws.header, _STRICT_TYPES if issuer.strict else _LENIENT_TYPES)
-        _check_signature(issuer, jws)
-        try:
-            verified = VerifiedToken(*issuer.read(_frozen(jws.claims), self._realm))
+            verified = VerifiedToken(*issuer.read(_frozen(claims), self._realm))
         except ValueError as error:
             raise TokenError(str(error)) from None
         if now < verified.not_before:
@@ -77,12 +85,49 @@ class TokenVerifier:
             raise TokenError("expired")
         return verified
 
+    def _owner(self, header: Mapping[str, Any]) -> Issuer | None:
+        """The issuer whose keys alone the header can mean, or None where nobody can tell."""
+        algorithm, kid = header.get("alg"), header.get("kid")
+        known = isinstance(algorithm, str) and isinstance(kid, str)
+        return self._owners.get((algorithm, kid)) if known else None
+
     def _issuer(self, claims: Mapping[str, Any]) -> Issuer:
         url = claims.get("iss")
         issuer = self._issuers.get(url) if isinstance(url, str) else None
         if issuer is None:
             raise TokenError("iss")
         return issuer
+
+
+def _owners(issuers: Iterable[Issuer]) -> dict[Any, Issuer]:
+    """By algorithm and `kid`, the issuer that alone has keys for them."""
+    named: dict[tuple[str, str], list[Issuer]] = {}
+    unnamed: dict[str, list[Issuer]] = {}
+    for issuer in issuers:
+        for key in issuer.keys:
+            for algorithm in key.accepts:
+                if key.id is None:
+                    unnamed.setdefault(algorithm, []).append(issuer)
+                else:
+                    named.setdefault((algorithm, key.id), []).append(issuer)
+    return {
+        pair: found[0]
+        for pair, found in named.items()
+        if all(issuer is found[0] for issuer in (*found, *unnamed.get(pair[0], ())))
+    }
+
+
+def _read(parse: Callable[[bytes], Parsed], text: bytes) -> Parsed:
+    try:
+        return parse(text)
+    except ValueError:
+        pass
+    # Outside of the handler: a parser's error carries the text it could not read, and is not chained here.
+    raise TokenError("form")
+
+
+def _parse_trusted(payload: bytes) -> dict[str, Any]:
+    return parse_object(payload, trusted=True)
 
 
 def _check_header(header: Mapping[str, Any], types: frozenset[str]) -> None:
@@ -108,6 +153,7 @@ def _media_type(value: Any) -> str | None:
 
 
 def _check_signature(issuer: Issuer, jws: CompactJws) -> None:
+    _check_header(jws.header, _STRICT_TYPES if issuer.strict else _LENIENT_TYPES)
     algorithm = jws.header.get("alg")
     kid = jws.header.get("kid")
     if not isinstance(algorithm, str):
@@ -164,8 +210,9 @@ class TokenCache:
             if found is None:
                 return None
             self.put(digest, found)
+        principal, not_before, not_after = found
         # The clock may have been set back since: both ends are asked.
-        return found.principal if found.not_before <= now < found.not_after else None
+        return principal if not_before <= now < not_after else None
 
     def put(self, digest: bytes, verified: VerifiedToken) -> None:
         if not self._half:

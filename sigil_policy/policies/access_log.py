@@ -23,7 +23,7 @@ Place it inside RequestID and outside of everything whose refusals should be log
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, get_args
 from urllib.parse import quote
 
@@ -36,7 +36,6 @@ from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.routing import parse_route
 from sigil_policy.telemetry.logs import JSONLines
 from sigil_policy.telemetry.redaction import Redaction
-from sigil_policy.telemetry.sensitive import SecretRules
 
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -114,12 +113,15 @@ class AccessLog(Policy):
         return dict.fromkeys(self.skip, True)
 
     @cached_property
-    def _rules(self) -> SecretRules:
-        return self._redaction.rules
-
-    @cached_property
     def _redaction(self) -> Redaction:
         return self.redaction or Redaction()
+
+    @cached_property
+    def _tools(self) -> tuple[set[str], Callable[[str], Any], Write | None]:
+        """What every event takes: the texts known to be clean, the test for harmless ones, and what writes it if its
+        level is always the same."""
+        rules = self._redaction.rules
+        return rules.clean, rules.harmless, self._writers[self.level] if isinstance(self.level, str) else None
 
     @cached_property
     def _writers(self) -> Mapping[str, Write]:
@@ -128,7 +130,7 @@ class AccessLog(Policy):
         if logger is None:
             logger = structlog.get_logger("sigil_policy.access")
         if isinstance(logger, JSONLines):
-            return {level: partial(logger.emit, level, _EVENT) for level in _LEVELS}
+            return {level: logger.writer(level, _EVENT) for level in _LEVELS}
         if isinstance(logger, _Proxy):
             return {level: _through_structlog(logger, level) for level in _LEVELS}
         if isinstance(logger, logging.Logger | logging.LoggerAdapter):
@@ -139,7 +141,7 @@ class AccessLog(Policy):
         if self.skip and ex.rule(self):
             return
         # Nearly every text was logged before: what is known to be clean is asked first.
-        clean, harmless = self._rules.clean, self._rules.harmless
+        clean, harmless, write = self._tools
         method, path, route, status, ended = ex.method, ex.path, ex.route, ex.status, ex.last_byte
         if ended is None:
             ended = ex.clock.monotonic()
@@ -187,8 +189,9 @@ class AccessLog(Policy):
             fields["refused_by"] = ex.refused_by
         if ex.error is not None:
             fields["error"] = type(ex.error).__name__
-        level = self.level
-        self._writers[level if isinstance(level, str) else level(ex)](fields)
+        if write is None:
+            write = self._writers[self.level(ex)]  # type: ignore[operator]  # a function: else its writer is known
+        write(fields)
 
     def _shown(self, text: str) -> str:
         """`text` without secrets, on one line, and no longer than a log line should be."""

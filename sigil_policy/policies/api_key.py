@@ -145,13 +145,14 @@ class ApiKeyAuth(Policy):
             return None
         if ex.query and not self.tolerate_leaked_query_keys and _QUERY_NAMES.found_in(ex.query):
             return self._bad_request(CREDENTIALS_IN_QUERY, "The query string carries an API key")
-        as_bearer = presented is None and self.bearer
-        if as_bearer:
-            presented = self._from_bearer(headers.get(b"authorization"))
-        elif presented is not None and self._rival in headers:
-            return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
+        as_bearer = False
         if presented is None:
-            return self._without_key(ex)
+            if self.bearer:
+                as_bearer, presented = True, self._from_bearer(headers.get(b"authorization"))
+            if presented is None:
+                return self._without_key(ex) if ex.principal is None else None
+        elif self._rival in headers:
+            return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
         if (b"authorization" if as_bearer else self._header) in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one credential of a kind")
         known = ex.principal
@@ -194,8 +195,6 @@ class ApiKeyAuth(Policy):
         return token if token is not None and token.startswith(self._prefix) else None
 
     def _without_key(self, ex: Exchange) -> Problem | None:
-        if ex.principal is not None:
-            return None
         ex.anonymous()
         offered = offer(ex, self._challenge)
         if self.required:

@@ -169,7 +169,10 @@ class CacheControl(Policy):
         caller, headers = ex.principal, head.headers
         with_key = self._key in ex.headers or (caller is not None and caller.kind == "api_key")
         rule: _Lines = ((status < 300 or status == 304) and ex.rule(self)) or self._unruled
-        if head.get(b"cache-control") is None:
+        for name, _ in headers:
+            if name == b"cache-control":
+                break
+        else:
             if status >= 400:
                 chosen = self._error
             elif with_key or caller is not None or b"authorization" in ex.headers:

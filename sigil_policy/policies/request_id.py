@@ -33,6 +33,7 @@ from sigil_policy.wire.ids import new_id, parse_id
 from sigil_policy.wire.trace import parse_traceparent
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_new = tuple.__new__
 
 
 class RequestID(Policy):
@@ -82,19 +83,27 @@ class RequestID(Policy):
         )
 
     @cached_property
-    def _rare(self) -> frozenset[bytes]:
-        """What most requests do not carry."""
-        return frozenset((*self._names[1:], b"traceparent"))
+    def _asked(self) -> tuple[bytes, frozenset[bytes]]:
+        """The header of the id, and those that most requests do not carry."""
+        return self._names[0], frozenset((*self._names[1:], b"traceparent"))
 
     def on_request(self, ex: Exchange) -> None:
         if Correlation in ex:
             return
         headers = ex.headers
-        name = self._names[0]
+        name, rare = self._asked
+        raw = headers.get(name)
         # Two lines were joined by a comma, which no id may hold.
-        request_id = (parse_id(headers[name]) if name in headers else None) or new_id()
-        ex[Correlation] = Correlation(request_id) if self._rare.isdisjoint(headers) else self._all(ex, request_id)
-        ex.keep(self, (name, request_id.encode()))
+        request_id = None if raw is None else parse_id(raw)
+        if raw is None or request_id is None:
+            request_id = new_id()
+            raw = request_id.encode()
+        if rare.isdisjoint(headers):
+            # What `Correlation(request_id)` is; the constructor of a named tuple costs twice as much.
+            ex[Correlation] = _new(Correlation, (request_id, None, None, None, None))
+        else:
+            ex[Correlation] = self._all(ex, request_id)
+        ex.keep(self, (name, raw))
 
     def _all(self, ex: Exchange, request_id: str) -> Correlation:
         headers = ex.headers
@@ -108,6 +117,9 @@ class RequestID(Policy):
         pair = ex.note(self)
         if pair is None:
             return
-        if head.get(pair[0]) is not None:
-            head.remove(pair[0])
-        head.headers.append(pair)
+        headers, name = head.headers, pair[0]
+        for said, _ in headers:
+            if said == name:
+                head.remove(name)
+                break
+        headers.append(pair)

@@ -30,6 +30,7 @@ from sigil_policy.core.facts import Correlation
 from sigil_policy.core.problems import encode_json
 
 _MOST_BYTES = 65_536
+_FRACTIONS = tuple(b".%03dZ" % milliseconds for milliseconds in range(1000))
 
 
 def add_correlation(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -97,9 +98,9 @@ class JSONLines:
         self._batch = batch
         self._seconds = seconds
         self._time = clock.time
-        self._second = -1
-        self._stamp = ""
-        self._dumps = _find_encoder()
+        # One tuple: two threads may make it anew at once, and each uses what it made itself.
+        self._second = (-1, b"")
+        self._line = _find_encoder()
         weakref.finalize(self, self._sink.flush_quietly)
 
     def __call__(self, *args: Any) -> "JSONLines":
@@ -135,19 +136,30 @@ class JSONLines:
 
     def emit(self, level: str, event: Any, fields: Mapping[str, Any]) -> None:
         """Write an event whose fields are a mapping already."""
-        line = self._dumps({"timestamp": self._timestamp(), "level": level, "event": event, **fields})
-        self._sink.add(line + b"\n", self._batch, self._seconds)
+        line = self._line({"timestamp": self._stamp().decode(), "level": level, "event": event, **fields})
+        self._sink.add(line, self._batch, self._seconds)
 
-    def _timestamp(self) -> str:
+    def writer(self, level: str, event: str) -> Callable[[dict[str, Any]], None]:
+        """What writes many events of one name, each from its fields: how their lines begin is encoded once.
+
+        The fields are at least one, and none of them is `timestamp`, `level` or `event`.
+        """
+        named = self._line({"level": level, "event": event})[1:-2]
+        stamp, encode, add, batch, seconds = self._stamp, self._line, self._sink.add, self._batch, self._seconds
+
+        def write(fields: dict[str, Any]) -> None:
+            add(b'{"timestamp":"%b",%b,%b' % (stamp(), named, encode(fields)[1:]), batch, seconds)
+
+        return write
+
+    def _stamp(self) -> bytes:
         """RFC 3339, in UTC, with milliseconds."""
         second, milliseconds = divmod(int(self._time() * 1000 + 0.5), 1000)
-        if second != self._second:
-            # Two threads may do this at once: each uses what it made itself.
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._stamp, self._second = stamp, second
-        else:
-            stamp = self._stamp
-        return f"{stamp}.{milliseconds:03d}Z"
+        said, stamp = self._second
+        if second != said:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode()
+            self._second = (second, stamp)
+        return stamp + _FRACTIONS[milliseconds]
 
     def flush(self) -> None:
         """Write what waits."""
@@ -171,16 +183,21 @@ class _Sink:
         _sinks.add(self)
 
     def add(self, line: bytes, batch: int, seconds: float) -> None:
-        with self.lock:
-            self.lines.append(line)
+        lock = self.lock  # a fork puts another in its place
+        lock.acquire()  # a `with` costs half as much as all of this
+        try:
+            lines = self.lines
+            lines.append(line)
             self.size += len(line)
-            if len(self.lines) >= batch or self.size >= _MOST_BYTES:
+            if len(lines) >= batch or self.size >= _MOST_BYTES:
                 self._write()
             elif self.timer is None:
                 # It is not cancelled when a batch is full: one thread per `seconds`, however many batches there are.
                 self.timer = threading.Timer(seconds, self.flush_in_time)
                 self.timer.daemon = True
                 self.timer.start()
+        finally:
+            lock.release()
 
     def flush(self) -> None:
         with self.lock:
@@ -231,16 +248,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def _find_encoder() -> Callable[[Any], bytes]:
+    """What makes one line of a value."""
     try:
-        fast = import_module("orjson").dumps
+        orjson = import_module("orjson")
     except ImportError:
-        return encode_json
+        return _encode
+    fast, line = orjson.dumps, orjson.OPT_APPEND_NEWLINE
 
     def encode(value: Any) -> bytes:
         try:
-            made: bytes = fast(value)
+            made: bytes = fast(value, None, line)
         except (TypeError, ValueError):  # a lone surrogate, an object, a key that is no string
-            return encode_json(value)
+            return _encode(value)
         return made
 
     return encode
+
+
+def _encode(value: Any) -> bytes:
+    return encode_json(value) + b"\n"

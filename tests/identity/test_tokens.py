@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sigil_policy.core.facts import Principal
+from sigil_policy.identity import tokens
 from sigil_policy.identity.keys import Key
 from sigil_policy.identity.tokens import TokenCache, TokenError, TokenVerifier, VerifiedToken
 from tests.identity.material import (
@@ -266,6 +267,38 @@ def test_keys_of_one_issuer_never_verify_tokens_of_another():
     assert both.verify(token(good_claims(iss="https://b.example"), algorithm="ES256", header=header), NOW)
     assert refusal(both, token(good_claims(iss="https://b.example"), header=header)) == "key"
     assert refusal(both, token(good_claims(iss="https://a.example"), algorithm="ES256", header=header)) == "key"
+
+
+def test_nothing_is_read_of_claims_that_no_key_has_signed(monkeypatch):
+    """JW-29: where the header says whose key it would be, a forged token ends at its signature."""
+    read = []
+    monkeypatch.setattr(tokens, "parse_object", lambda data, **_: read.append(data))
+    forged = raw_token('{"alg":"HS256","kid":"k"}', CLAIMS)[:-4] + b"AAAA"
+    unnamed = raw_token('{"alg":"HS256"}', CLAIMS)[:-4] + b"AAAA"
+    a = make_issuer(make_key("HS256", id="k"), url="https://a.example")
+    b = make_issuer(make_key("HS256", id="l"), url="https://b.example")
+    for verifier in (TokenVerifier([a]), TokenVerifier([a, b])):
+        assert refusal(verifier, forged) == "signature"
+    assert refusal(TokenVerifier([a]), unnamed) == "signature"
+    assert read == []
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_large_token_passes_where_its_key_is_named(others):
+    claims = good_claims(permissions=[f"read:{number}" for number in range(300)])
+    a = make_issuer(make_key("HS256", id="k"))
+    b = [make_issuer(make_key("HS256", id="l"), url="https://b.example")] * others
+    assert TokenVerifier([a, *b]).verify(token(claims, header={"kid": "k"}), NOW).principal.subject == "user_123"
+
+
+@pytest.mark.parametrize("other", [make_key("HS256", id="k"), make_key("HS256")], ids=["the same id", "no id"])
+def test_an_id_that_two_issuers_may_know_leaves_the_choice_to_the_claims(other):
+    """JW-16."""
+    a = make_issuer(make_key("HS256", id="k"), url="https://a.example")
+    b = make_issuer(other, url="https://b.example")
+    both = TokenVerifier([a, b])
+    for url in (a.url, b.url):
+        assert both.verify(token(good_claims(iss=url), header={"kid": "k"}), NOW).principal.issuer == url
 
 
 def test_the_kid_chooses_among_keys_and_is_no_more_than_a_hint():

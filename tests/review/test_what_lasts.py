@@ -51,10 +51,10 @@ def test_an_absurd_report_locks_nobody_out_for_ever() -> None:
     store = memory_limits("gcra")
     plan = Plan(name="one", windows=(Window(1_000, 60, "tokens", "tokens"),), algorithm="gcra")
     store.prepare(plan)
-    lease = store.admit("a", plan, 1, 10, 1_700_000_000.0).lease
+    lease = store.admit("a", plan, 1, (10,), 1_700_000_000.0).lease
     assert isinstance(lease, Lease)
-    store.settle(lease, 10**30, 1_700_000_000.0)
-    refused = store.admit("a", plan, 1, 10, 1_700_000_000.0)
+    store.settle(lease, (10**30,), 1_700_000_000.0)
+    refused = store.admit("a", plan, 1, (10,), 1_700_000_000.0)
     assert not refused.admitted
     assert refused.retry_after <= 120
 
@@ -94,6 +94,8 @@ class FailingStore:
 
     async def settle(self, *args: Any) -> Any:
         raise OSError("hunter2")
+
+    extend = charge = settle
 
 
 async def test_a_store_that_cannot_settle_takes_no_response_away() -> None:

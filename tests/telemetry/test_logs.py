@@ -1,5 +1,6 @@
 """Correlation of log events, and the sink for JSON lines."""
 
+import gc
 import io
 import json
 import logging
@@ -155,6 +156,35 @@ def test_what_json_cannot_say_is_no_error(value, encoder, monkeypatch):
     out = io.BytesIO()
     JSONLines(out).info("x", value=value)
     assert events(out)[0]["event"] == "x"
+
+
+@pytest.mark.parametrize("encoder", ["orjson", "json"])
+@pytest.mark.parametrize(
+    "fields", [{"a": 1}, {"path": '/é"\\', "b": [1, {"c": None}]}, {"odd": {1, 2}, "lone": "\ud800"}]
+)
+def test_a_writer_writes_the_lines_that_emit_writes(fields, encoder, monkeypatch):
+    if encoder == "json":
+        monkeypatch.setitem(sys.modules, "orjson", None)
+    out, clock = io.BytesIO(), FrozenClock(1_700_000_000.9996)
+    log = JSONLines(out, clock=clock)
+    log.emit("warning", 'exchange "x"', fields)
+    log.writer("warning", 'exchange "x"')(fields)
+    one, other = out.getvalue().splitlines()
+    assert one == other
+    assert list(json.loads(one))[:3] == ["timestamp", "level", "event"]
+    assert json.loads(one)["timestamp"] == "2023-11-14T22:13:21.000Z"
+
+
+def test_the_last_lines_of_a_writer_are_written_once_nobody_holds_it():
+    out = io.BytesIO()
+    write = JSONLines(out, batch=3).writer("info", "exchange")
+    gc.collect()
+    write({"a": 1})
+    write({"a": 2})
+    assert out.getvalue() == b""
+    del write
+    gc.collect()
+    assert out.getvalue().count(b"\n") == 2
 
 
 def test_each_line_is_written_at_once_by_default():

@@ -154,3 +154,20 @@ def test_names_can_be_found_in_any_case():
     names = QueryNames("api_key", "x-api-key", any_case=True)
     assert names.found_in(b"X-API-Key=1") and names.found_in(b"API%5FKEY=1") and names.found_in(b"%58-api-key=1")
     assert not names.found_in(b"my-api-key=1")
+
+
+def test_a_name_is_found_however_it_is_encoded():
+    for name, any_case in (("access_token", False), ("x-api-key", True), ("apikey", True)):
+        names = QueryNames(name, any_case=any_case)
+        encoded = "".join(f"%{ord(letter):02x}" for letter in name)
+        for query in (encoded, encoded.upper(), f"{name[:3]}{encoded[9:]}", f"{encoded[:9]}{name[3:]}"):
+            assert names.found_in(f"a=%20&{query}=x".encode())
+            assert not names.found_in(f"a=%26{query}%3Dx".encode()), "a value"
+            assert not names.found_in(f"a=%20&{query.replace('%', '%25')}=x".encode()), "encoded twice"
+    assert not QueryNames("access_token").found_in(b"%41ccess_token=x"), "another name where case counts"
+
+
+def test_a_long_query_is_searched_for_plain_names_to_its_end():
+    names = QueryNames("api_key", any_case=True)
+    assert names.found_in(b"&%" * 30_000 + b"&API_KEY=x")
+    assert names.found_in(b"a=%20" + b"b" * 900 + b"&%41PI_KEY=x")

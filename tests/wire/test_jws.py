@@ -19,7 +19,7 @@ def test_the_example_of_rfc_7515_is_read():
         b".dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
     )
     assert jws.header == {"typ": "JWT", "alg": "HS256"}
-    assert jws.claims == {"iss": "joe", "exp": 1300819380, "http://example.com/is_root": True}
+    assert parse_object(jws.payload) == {"iss": "joe", "exp": 1300819380, "http://example.com/is_root": True}
     assert len(jws.signature) == 32
     assert jws.signed.count(b".") == 1
 
@@ -96,8 +96,9 @@ def test_whatever_decodes_was_the_one_spelling(text):
     ],
 )
 def test_what_two_parsers_could_read_differently_is_refused(data):
-    with pytest.raises(ValueError, match=r"strict JSON|JSON object|nested|too many"):
-        parse_object(data)
+    for trusted in (False, True):
+        with pytest.raises(ValueError, match=r"strict JSON|JSON object|nested|too many|beyond a double"):
+            parse_object(data, trusted=trusted)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +114,47 @@ def test_what_two_parsers_could_read_differently_is_refused(data):
     ids=["spaces and exponent", "surrogate pair", "UTF-8", "sixteen deep", "broad, not deep", "brackets in a text"],
 )
 def test_ordinary_objects_are_read(data, value):
-    assert parse_object(data) == (json.loads(data) if value is None else value)
+    assert parse_object(data, trusted=True) == (json.loads(data) if value is None else value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("[" + "{}," * 64 + "0]", id="objects"),
+        pytest.param("[" + "[]," * 64 + "0]", id="arrays"),
+        pytest.param('["' + '","'.join("abc" for _ in range(200)) + '"]', id="members"),
+        pytest.param('"' + "\\n" * 300 + '"', id="escapes"),
+        pytest.param("[" + ",".join(["1.5"] * 40) + "]" + " " * 500, id="doubles"),
+        pytest.param("[" + ",".join(["15"] * 40) + "]" + " " * 500, id="integers"),
+        pytest.param("9" * 600, id="an integer of many digits"),
+        pytest.param("0." + "9" * 600, id="a double of many digits"),
+    ],
+)
+def test_what_takes_long_to_read_is_read_only_where_it_is_trusted(text):
+    """JW-29: whoever may send a token must not make others wait."""
+    data = f'{{"a":{text}}}'.encode()
+    assert parse_object(data, trusted=True) == json.loads(data)
+    with pytest.raises(ValueError, match=r"strict JSON|too many"):
+        parse_object(data)
+
+
+def test_ordinary_claims_are_read_before_they_are_trusted():
+    claims = {
+        "iss": "https://auth.example.com/realms/agents",
+        "exp": 1767225600.5,
+        "aud": ["a", "b"],
+        "groups": [f"0b1d2c6e-5f0a-4c57-9a3e-8f1f6a2d{number:04x}" for number in range(100)],
+        "resource_access": {f"client-{number}": {"roles": ["reader", "writer"]} for number in range(25)},
+        "name": "山田太郎",
+    }
+    for data in (json.dumps(claims).encode(), json.dumps(claims, ensure_ascii=False).encode()):
+        assert parse_object(data) == claims
 
 
 @pytest.mark.parametrize(
     "token",
-    [b"", b".", b"..", b"e30.e30", b"e30.e30.e30.e30.e30", b"e30.e30.e30.", b"." * 8000, b"e30..e30", b"a" * 8193],
-    ids=["nothing", "one dot", "two dots", "two parts", "JW-25 five parts", "four parts", "dots", "no claims", "long"],
+    [b"", b".", b"..", b"e30.e30", b"e30.e30.e30.e30.e30", b"e30.e30.e30.", b"." * 8000, b"a" * 8193],
+    ids=["nothing", "one dot", "two dots", "two parts", "JW-25 five parts", "four parts", "dots", "long"],
 )
 def test_a_compact_token_has_three_parts(token):
     with pytest.raises(ValueError):  # noqa: PT011  any of them
@@ -128,7 +163,7 @@ def test_a_compact_token_has_three_parts(token):
 
 def test_a_token_may_have_8192_bytes_and_no_more():
     fits = b"e30.e30." + b"A" * (MAX_TOKEN - 8)
-    assert parse_compact(fits).claims == {}
+    assert parse_compact(fits).payload == b"{}"
     with pytest.raises(ValueError, match="too long"):
         parse_compact(fits + b"AAAA")
 
@@ -137,6 +172,9 @@ def test_a_token_may_have_8192_bytes_and_no_more():
 def test_nothing_but_a_value_error_comes_out(token):
     with suppress(ValueError):
         parse_compact(token)
+    for trusted in (False, True):
+        with suppress(ValueError):
+            parse_object(token, trusted=trusted)
 
 
 @given(st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.integers(), st.lists, max_leaves=5)))
@@ -146,4 +184,4 @@ def test_what_is_read_is_what_python_reads(value):
     except UnicodeEncodeError:
         return
     if abs(max((v for v in value.values() if isinstance(v, int)), default=0, key=abs)) < 2**64:
-        assert parse_object(data) == value
+        assert parse_object(data, trusted=True) == value
