@@ -117,6 +117,7 @@ _NUMBER = re.compile(r"[+-]?[0-9][0-9.,_]*+[,;]?")
 _EMPTY = frozenset(("", "none", "null", "nil", "true", "false", "undefined", REDACTED.lower()))
 _WHOLE_LINE = frozenset(("authorization", "cookie"))
 
+_MOST_ENCODED = 64
 _ENCODED = re.compile(r"""[^\s&=?/"']++""")
 
 
@@ -188,8 +189,14 @@ class SecretRules:
 
     # --- texts -----------------------------------------------------------------------------------------------------
 
-    def scrub(self, text: str, decoded: int = 0) -> str:
-        """`text` without what looks like a secret. The same object if nothing does."""
+    def scrub(self, text: str) -> str:
+        """`text` without what looks like a secret. The same object if nothing does.
+
+        Of what is percent-encoded the first 64 parts are read; those behind them are hidden unread.
+        """
+        return self._scrub(text, 0, [_MOST_ENCODED])
+
+    def _scrub(self, text: str, decoded: int, budget: list[int]) -> str:
         if "eyJ" in text:
             text = _JWT.sub(_jwt, text)
         if "_" in text and ("k_" in text or "gh" in text or "whsec_" in text):
@@ -207,7 +214,7 @@ class SecretRules:
         if "bearer" in lowered or "basic" in lowered or "dpop" in lowered:
             text = _SCHEME.sub(_scheme, text)
         if "%" in text and decoded < 3:
-            text = _ENCODED.sub(self._encoded(decoded + 1), text)
+            text = _ENCODED.sub(self._encoded(decoded + 1, budget), text)
         if "@" in text and "://" in text:
             head, *rest = text.split("://")
             text = "://".join((head, *(_userinfo(part) if "@" in part else part for part in rest)))
@@ -219,13 +226,17 @@ class SecretRules:
                 return self._pairs(text)
         return text
 
-    def _encoded(self, decoded: int) -> Callable[[re.Match[str]], str]:
+    def _encoded(self, decoded: int, budget: list[int]) -> Callable[[re.Match[str]], str]:
         def hide(found: re.Match[str]) -> str:
             run = found[0]
             if "%" not in run:
                 return run
+            # Who sends hundreds of them wants to keep us busy: each costs as much as a text of its own.
+            budget[0] -= 1
+            if budget[0] < 0:
+                return REDACTED
             plain = unquote(run)
-            return run if plain == run or self.scrub(plain, decoded) == plain else REDACTED
+            return run if plain == run or self._scrub(plain, decoded, budget) == plain else REDACTED
 
         return hide
 

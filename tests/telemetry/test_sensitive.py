@@ -213,3 +213,11 @@ def test_an_application_adds_its_own():
 def test_wrong_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         SecretRules(**options)
+
+
+def test_hundreds_of_encoded_parts_are_hidden_unread_and_keep_nobody_busy() -> None:
+    text = "&".join(["note=%2561"] * 64 + ["note=%70assword%3Dhunter2"] * 40)
+    scrubbed = SecretRules().scrub(text)
+    assert "hunter2" not in scrubbed
+    assert scrubbed.count("note=%2561") <= 64
+    assert SecretRules().scrub("&".join(["a=%20b"] * 30)) == "&".join(["a=%20b"] * 30)
