@@ -1,14 +1,15 @@
 """The whole stack over a bare application, beside one empty BaseHTTPMiddleware and beside the usual packages.
 
+Each variant runs in a process of its own, one at a time, in interleaved rounds (see `apart`).
+
 Every policy is on; a thousand callers with HS256 tokens, verified before and remembered; a JSON body of 100 bytes,
 seven request headers; the log is JSON and goes to /dev/null.
 """
 
 import os
 import time
-from collections.abc import Callable
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.timing import App, Loop, Message, measure, rounds_for, scopes
+from benchmarks.apart import measure_apart
+from benchmarks.timing import App, Block, Loop, Message, rounds_for, scopes
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.identity.api_keys import MemoryApiKeyStore, new_key
@@ -138,37 +140,27 @@ def run(smoke: bool = False) -> dict[str, Any]:
     """Keys: `stack_us`, `base_http_us`, `ratio_to_base_http`, `stack_on_starlette_us`, `peers_us`, `ratio_peers`, all
     added costs per request; `stack_unbatched_us`, with every log line written by itself; `per_policy_us`, what each
     policy adds to those outside of it; `notes`."""
+    count = len(policies())
+    names = ["bare", "BaseHTTPMiddleware", "starlette", "starlette+stack", "unbatched"]
+    names += [f"first {depth}" for depth in range(1, count + 1)]
     loop = Loop()
-    given = policies()
-    starlette = Starlette(routes=ROUTES)
-    stacked = Starlette(routes=ROUTES)
-    stacked.add_middleware(PolicyStack, policies=policies())
-    apps: dict[str, App] = {
-        "bare": bare,
-        "BaseHTTPMiddleware": Empty(bare),
-        "starlette": starlette,
-        "starlette+stack": stacked,
-        "unbatched": PolicyStack(bare, policies(batch=1)),
-        **{f"first {depth}": PolicyStack(bare, given[:depth]) for depth in range(1, len(given) + 1)},
-    }
-    notes = [f"event loop: {loop.name}; 64 log lines a write"]
+    notes = [f"event loop: {loop.name}; 64 log lines a write; one process for each variant"]
     try:
-        apps["peers"] = _peers()
+        from benchmarks import peers  # noqa: F401  whether it can be
     except ImportError as missing:
         notes.append(f"peers skipped: {missing.name} is not installed; pip install 'sigil-policy[bench]'")
-    make = scopes(requests())
-    blocks = {name: loop.requests(app, make) for name, app in apps.items()}
-    if not smoke:
-        _warm(loop, apps, make)
-    samples = measure(blocks, rounds=rounds_for(smoke, 60))
+    else:
+        names.append("peers")
     loop.close()
+    requests()
+    samples = measure_apart(partial(_block, smoke=smoke), names, rounds=rounds_for(smoke, 60))
 
-    whole = f"first {len(given)}"
+    whole = f"first {count}"
     stack_us = samples.added(whole, over="bare")
     base_http_us = samples.added("BaseHTTPMiddleware", over="bare")
     on_starlette = samples.added("starlette+stack", over="starlette")
-    peers_us = samples.added("peers", over="starlette") if "peers" in apps else None
-    steps = ["bare", *(f"first {depth}" for depth in range(1, len(given) + 1))]
+    peers_us = samples.added("peers", over="starlette") if "peers" in names else None
+    steps = ["bare", *(f"first {depth}" for depth in range(1, count + 1))]
     return {
         "stack_us": stack_us,
         "stack_unbatched_us": samples.added("unbatched", over="bare"),
@@ -181,10 +173,36 @@ def run(smoke: bool = False) -> dict[str, Any]:
         "bare_us": samples.cost("bare"),
         "per_policy_us": {
             type(policy).__name__: samples.added(steps[place + 1], over=steps[place])
-            for place, policy in enumerate(given)
+            for place, policy in enumerate(policies())
         },
         "notes": notes,
     }
+
+
+def _block(name: str, *, smoke: bool) -> Block:
+    """The block of one variant, in the process that calls this."""
+    loop, app, make = Loop(), _app(name), scopes(requests())
+    if not smoke:
+        # Everybody has called once: tokens are verified and remembered, counters exist.
+        loop.requests(app, make, count=CALLERS)()
+    return loop.requests(app, make)
+
+
+def _app(name: str) -> App:
+    if name == "bare":
+        return bare
+    if name == "BaseHTTPMiddleware":
+        return Empty(bare)
+    if name == "unbatched":
+        return PolicyStack(bare, policies(batch=1))
+    if name == "peers":
+        return _peers()
+    if name.startswith("first "):
+        return PolicyStack(bare, policies()[: int(name.removeprefix("first "))])
+    starlette = Starlette(routes=ROUTES)
+    if name == "starlette+stack":
+        starlette.add_middleware(PolicyStack, policies=policies())
+    return starlette
 
 
 def _peers() -> App:
@@ -198,9 +216,3 @@ def _peers() -> App:
         limits=["1000000/second", "60000000/minute", "1000000000/hour"],
         log=dev_null(),
     )
-
-
-def _warm(loop: Loop, apps: dict[str, App], make: Callable[[], Message]) -> None:
-    """Everybody has called once: tokens are verified and remembered, counters exist."""
-    for app in apps.values():
-        loop.requests(app, make, count=CALLERS)()

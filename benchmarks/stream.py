@@ -1,9 +1,11 @@
 """What the whole stack adds to each message of a stream: fused in one pass, and as one stack per policy."""
 
+from functools import partial
 from typing import Any
 
+from benchmarks.apart import measure_apart
 from benchmarks.stack import policies, requests
-from benchmarks.timing import App, Loop, Message, measure, rounds_for, scopes
+from benchmarks.timing import App, Block, Loop, Message, rounds_for, scopes
 from sigil_policy.core.stack import PolicyStack
 
 MESSAGES = 200
@@ -39,22 +41,9 @@ def _opaque(app: App) -> App:
 def run(smoke: bool = False) -> dict[str, Any]:
     """Keys: `fused_us` and `nested_us`, added per message of a stream of 200, the cost of the exchange as a whole
     included; `fused_more_us` and `nested_more_us`, what one more message adds; `bare_us`, a message without a stack."""
-    loop = Loop()
-    one, many = streaming(1), streaming(MESSAGES)
-    apps: dict[str, App] = {
-        "bare 1": one,
-        "bare": many,
-        "fused 1": PolicyStack(one, policies()),
-        "fused": PolicyStack(many, policies()),
-        "nested 1": nested(one),
-        "nested": nested(many),
-    }
-    make = scopes(requests()[:50])
-    samples = measure(
-        {name: loop.requests(app, make, count=2 if smoke else 50) for name, app in apps.items()},
-        rounds=rounds_for(smoke, 40),
-    )
-    loop.close()
+    requests()
+    names = [f"{kind}{size}" for kind in ("bare", "fused", "nested") for size in ("", " 1")]
+    samples = measure_apart(partial(_block, smoke=smoke), names, rounds=rounds_for(smoke, 40))
     whole = {kind: samples.added(kind, over="bare") for kind in ("fused", "nested")}
     fixed = {kind: samples.added(f"{kind} 1", over="bare 1") for kind in ("fused", "nested")}
     return {
@@ -62,3 +51,14 @@ def run(smoke: bool = False) -> dict[str, Any]:
         **{f"{kind}_more_us": (whole[kind] - fixed[kind]) / (MESSAGES - 1) for kind in whole},
         "bare_us": samples.cost("bare") / MESSAGES,
     }
+
+
+def _block(name: str, *, smoke: bool) -> Block:
+    """The block of one variant, in the process that calls this."""
+    kind, _, one = name.partition(" ")
+    app = streaming(1 if one else MESSAGES)
+    if kind == "fused":
+        app = PolicyStack(app, policies())
+    elif kind == "nested":
+        app = nested(app)
+    return Loop().requests(app, scopes(requests()[:50]), count=2 if smoke else 50)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sigil_policy.core.clock import Clock as Clock
     from sigil_policy.core.exchange import Exchange as Exchange
     from sigil_policy.core.exchange import Head as Head
+    from sigil_policy.core.exchange import StreamEndedError as StreamEndedError
     from sigil_policy.core.exchange import current_exchange as current_exchange
     from sigil_policy.core.exchange import get_exchange as get_exchange
     from sigil_policy.core.exchange import report_tokens as report_tokens
@@ -95,7 +96,7 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "core.clock": ("Clock",),
-    "core.exchange": ("Exchange", "Head", "current_exchange", "get_exchange", "report_tokens"),
+    "core.exchange": ("Exchange", "Head", "StreamEndedError", "current_exchange", "get_exchange", "report_tokens"),
     "core.facts": ("Correlation", "Principal", "Public", "Quota", "TokenUsage", "WindowState"),
     "core.ordering": ("PolicyOrderError",),
     "core.policy": ("EndOfStream", "Policy"),

@@ -51,6 +51,13 @@ class BodyTooLargeError(ValueError):
     """`Exchange.body(limit)` met a request body over its limit."""
 
 
+class StreamEndedError(OSError):
+    """What `send` raises in the application once a policy has ended the stream (see `EndOfStream`).
+
+    An `OSError`, as servers raise for a client that has left: code that handles that one handles this one.
+    """
+
+
 class Head:
     """Status and headers of a response on their way out; a hook reads and changes them in place.
 
@@ -115,8 +122,8 @@ class Exchange(dict[type, Any]):
 
     # Slots: making one costs half as much as with an instance dictionary.
     __slots__ = (
-        "__weakref__", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_rules", "_scope", "clock", "done",
-        "error", "finished", "first_byte", "gone", "headers", "host", "kind", "last_byte", "method", "path",
+        "__weakref__", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_rules", "_scope", "clock",
+        "done", "error", "finished", "first_byte", "gone", "headers", "host", "kind", "last_byte", "method", "path",
         "principal", "query", "refused_by", "repeated", "sent_bytes", "started", "started_monotonic", "status", "style",
     )  # fmt: skip
 
@@ -125,7 +132,7 @@ class Exchange(dict[type, Any]):
         self.sent_bytes = 0
         self.first_byte: float | None = None
         self.last_byte: float | None = None
-        self.done = self.gone = self.finished = False
+        self.done = self.gone = self.finished = self._ended = False
         self.error: BaseException | None = None
         self.refused_by: str | None = None
         self.principal: Principal | None = None
@@ -164,6 +171,18 @@ class Exchange(dict[type, Any]):
             name: values[0] if len(values) == 1 else (b"; " if name == b"cookie" else b", ").join(values)
             for name, values in lines.items()
         }
+
+    async def _hear(self) -> Message:
+        """What the application receives: notices a client that leaves, replays a body that a policy has read."""
+        replay = self._replay
+        if replay is not None:
+            self._replay = None
+            return replay
+        message = await self._receive()
+        kind = message["type"]
+        if (kind == "http.disconnect" or kind == "websocket.disconnect") and not self.done:
+            self.gone = True
+        return message
 
     def close(self) -> None:
         """The exchange is over. The scope that holds it is let go: a cycle would wait for the garbage collector."""
@@ -290,7 +309,7 @@ class Exchange(dict[type, Any]):
 
     @property
     def outcome(self) -> Outcome:
-        """How the exchange ended, as far as is known now.
+        """How the exchange ended, as far as is known now. `refused` is also a stream that a policy has ended.
 
         `disconnected` needs a sign: an `http.disconnect` that somebody received or a `send` that raised. A server that
         sends silently to a client that has left makes that exchange end `ok`.

@@ -16,7 +16,7 @@ optional, and one that is not overridden costs nothing.
 
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field
@@ -32,6 +32,27 @@ Listed = Annotated[Sequence[Item], AfterValidator(tuple)]
 """A list or a tuple, as whoever writes it likes; kept as a tuple, because a policy is a value."""
 
 _CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfStream:
+    """What `on_chunk` returns to end a stream here: the chunk still goes out, then `last`, then nothing more.
+
+        def on_chunk(self, ex: Exchange, chunk: bytes) -> EndOfStream | None:
+            return EndOfStream(b"event: error\\ndata: {}\\n\\n") if self.is_over(ex) else None
+
+    The client sees a response that is complete. Policies outside see both as chunks. What comes from inside after that
+    is not sent: the application's next `send` raises `StreamEndedError`, an `OSError` as for a client that has left,
+    and `receive` gives what servers give after a complete response, `http.disconnect`. The outcome is `refused`, by
+    this policy. What the application raises because of it (that OSError, what was raised from it or while it was
+    handled, a group of only such) is no error of the exchange, and no policy sees it; anything else still is one. A
+    failure that hides behind it, as of a clean-up, is logged.
+
+    Only what can be cut is ended. It has no effect on a response that has promised a `content-length` (RFC 9112
+    section 8) or trailers, as its head left this policy, nor on the last chunk, after which nothing comes anyway.
+    """
+
+    last: bytes = b""
 
 
 class Closable(Protocol):
@@ -51,11 +72,13 @@ class Policy:
     * `on_body(ex, head, body)`: the whole response body, if it is complete and at most `bound` bytes; see `wants_body`.
       May change `head`; may return other bytes. Innermost first, like all that follow.
     * `on_response(ex, head)`: just before the head leaves this policy. No IO.
-    * `on_chunk(ex, chunk)`: each body part that leaves this policy; watch, don't delay.
+    * `on_chunk(ex, chunk)`: each body part that leaves this policy, before it goes on; see `wants_chunks`. Watch, don't
+      delay. May return `EndOfStream` to cut the stream short.
     * `on_error(ex, error)`: an exception came out of what is inside, and no response has left outwards yet.
     * `on_finish(ex)`: exactly once for every policy whose turn came, however it ended (`ex.outcome`).
 
-    `on_request`, `on_body`, `on_error` and `on_finish` may return an awaitable when they have real IO to wait for.
+    `on_request`, `on_body`, `on_chunk`, `on_error` and `on_finish` may return an awaitable when they have real IO to
+    wait for. One from `on_chunk` holds the chunk, and the application that sends it, until it is done.
 
     Order is declared, not remembered: `gives` names the facts this policy gives, `needs` those an outer policy must
     have given, `reads` those it uses where an outer policy gives them, `precedes` those whose givers belong inside.
@@ -89,7 +112,14 @@ class Policy:
     def on_response(self, ex: Exchange, head: Head) -> None:
         return None
 
-    def on_chunk(self, ex: Exchange, chunk: bytes) -> None:
+    def wants_chunks(self, ex: Exchange, head: Head) -> bool:
+        """Whether `on_chunk` should see this response; asked once, with the head as it leaves this policy.
+
+        A policy that has nothing to watch in a response costs its messages nothing.
+        """
+        return True
+
+    def on_chunk(self, ex: Exchange, chunk: bytes) -> EndOfStream | Awaitable[EndOfStream | None] | None:
         return None
 
     def on_error(self, ex: Exchange, error: Exception) -> Answer | Awaitable[Answer]:

@@ -13,15 +13,17 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from inspect import isawaitable
+from operator import itemgetter
 from typing import Any
 
 from anyio import move_on_after
+from starlette.requests import ClientDisconnect
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
-from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Head, Message, Receive
+from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Head, Message, Receive, StreamEndedError
 from sigil_policy.core.host import find_host
 from sigil_policy.core.ordering import PolicyOrderError, check_order, missing_text
-from sigil_policy.core.policy import Answer, Policy
+from sigil_policy.core.policy import Answer, EndOfStream, Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem, Reply
 from sigil_policy.core.routing import RouteMatcher
 
@@ -34,6 +36,9 @@ logger = logging.getLogger("sigil_policy")
 _BODY = "http.response.body"
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 _LAST = frozenset((_BODY, "http.response.pathsend", "websocket.close", "websocket.http.response.body"))
+_LONGEST_CHAIN = 100
+_ENDED = "a policy has ended this stream; nothing more is sent"
+_NO_END = "on_chunk returns None, EndOfStream, or an awaitable of one of them, not {}"
 _OVER = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
 _HOOKS = ("on_request", "around", "on_body", "on_response", "on_chunk", "on_error", "on_finish")
 
@@ -49,13 +54,15 @@ class _Layer:
     on_error: Any
     on_finish: Any
 
-    __slots__ = ("bound", "index", "name", "wants_body", *_HOOKS)
+    __slots__ = ("bound", "index", "name", "wants_body", "wants_chunks", *_HOOKS)
 
     def __init__(self, index: int, policy: Policy) -> None:
         self.index = index
         self.name = type(policy).__name__
         self.bound: int = policy.bound
         self.wants_body = policy.wants_body
+        asks = type(policy).wants_chunks is not Policy.wants_chunks
+        self.wants_chunks = policy.wants_chunks if asks else None
         for hook in _HOOKS:
             overridden = getattr(type(policy), hook) is not getattr(Policy, hook)
             setattr(self, hook, getattr(policy, hook) if overridden else None)
@@ -120,15 +127,14 @@ class PolicyStack:
             acting = [layer for layer in layers[:level] if any(getattr(layer, hook) for hook in hooks)]
             return tuple(reversed(acting))
 
+        # Only who may hold a start, or watch what follows it, comes with its layer; the others have an `on_response`.
         self.starts = [
             tuple(
-                (layer.index, layer.wants_body if layer.on_body else None, layer.on_response)
-                for layer in outside(level, "on_response", "on_body")
+                (layer.index, layer.on_response, layer if layer.on_body or layer.on_chunk else None)
+                for layer in outside(level, "on_response", "on_body", "on_chunk")
             )
             for level in levels
         ]
-        self.bodies = [outside(level, "on_body", "on_chunk") for level in levels]
-        self.chunks = [tuple(layer.on_chunk for layer in outside(level, "on_chunk")) for level in levels]
         self.finishes = [outside(level, "on_finish") for level in levels]
         self.unwinds = [outside(level, "on_body", "around", "on_error", "on_finish") for level in levels]
         tables = {id(policy): rules for policy in self.policies if (rules := policy.rules())}
@@ -137,27 +143,83 @@ class PolicyStack:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
-        if kind == "lifespan":
-            await self._lifespan(scope, receive, send)
-        elif not self.policies or (kind != "http" and kind != "websocket"):
-            await self.app(scope, receive, send)
-        else:
-            ex: Exchange | None = scope.get(SCOPE_KEY)
-            if ex is not None and not ex.finished:
-                await _Pass(self, ex, scope, receive, send, False).run()
-                return
+        if (kind != "http" and kind != "websocket") or not self.policies:
+            await (self._lifespan if kind == "lifespan" else self.app)(scope, receive, send)
+            return
+        ex: Exchange | None = scope.get(SCOPE_KEY)
+        outermost = ex is None or ex.finished
+        if ex is None or outermost:
             # The outermost stack makes the exchange, and alone sees what really goes to the server.
             ex = Exchange(scope, receive, self.clock, self.host, DEFAULT_STYLE)
             scope[SCOPE_KEY] = ex
             token = _CURRENT.set(ex)
-            try:
-                await _Pass(self, ex, scope, _watched(ex, receive), send, True).run()
-            finally:
+            receive = ex._hear  # noqa: SLF001
+        passing = _Pass(self, ex, scope, send, outermost)
+        error: BaseException | None = None
+        origin = 0
+        try:
+            if self.missing or not outermost:
+                self._join(ex, scope)
+            else:
+                ex._given = self.gives  # noqa: SLF001
+            if self.matcher is not None:
+                self._match(self.matcher, ex, scope)
+            for origin, on_request, around in self.entries:
+                if on_request is not None:
+                    answer = on_request(ex)
+                    if answer is not None:
+                        answer = await _settled(answer)
+                        if answer is not None:
+                            # Seen by the policies outside only: never by this one's own hooks or `around`.
+                            if answer.status >= 400 and ex.refused_by is None:
+                                ex.refused_by = self.layers[origin].name
+                            await passing.reply(answer, origin)
+                            break
+                if around is not None:
+                    context = around(ex)
+                    if context is not None:
+                        await context.__aenter__()
+                        passing.arounds = {**passing.arounds, origin: context}
+            else:
+                origin = self.depth
+                await self.app(scope, receive, passing.emit)
+        except BaseException as raised:
+            if not ex._ended or not _because_ended(raised):  # noqa: SLF001
+                error = raised
+        try:
+            # A policy is entered once its turn comes, also if its own hook raises.
+            entered = origin + 1 if origin < self.depth else origin
+            if error is None and not passing.held and not passing.arounds:
+                for layer in self.finishes[entered]:
+                    waiting = passing.finish(layer)
+                    if waiting is not None:
+                        error = await passing.wait(layer, waiting, error)
+            else:
+                error = await passing.unwind(error, origin, entered)
+            if error is not None:
+                raise error
+        finally:
+            del error  # else the exception and this frame would hold each other
+            if outermost:
                 ex.close()
                 try:  # noqa: SIM105  `suppress` costs half a microsecond
                     _CURRENT.reset(token)
                 except ValueError:
                     pass  # closed from another context, as an interrupted event loop does
+
+    def _join(self, ex: Exchange, scope: Scope) -> None:
+        """Take part in an exchange that stacks outside have made, or say what they have not given."""
+        given = ex._given  # noqa: SLF001
+        if not self.missing <= given:
+            raise PolicyOrderError(missing_text(self.policies, self.missing - given))
+        ex._given = given | self.gives  # noqa: SLF001
+        ex._scope = scope  # noqa: SLF001  a mount gives its application a copy
+
+    def _match(self, matcher: RouteMatcher, ex: Exchange, scope: Scope) -> None:
+        path = scope["path"]
+        root = self.host.root_path or scope.get("root_path")
+        found = matcher.match(ex.method, _below(root, path) if root else path)
+        ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         outside: frozenset[type] = scope.get(SCOPE_KEY) or frozenset()
@@ -225,7 +287,12 @@ class _Hold:
 
 # A message on its way: from which level, and for a start that was held its head and who held it.
 _Outgoing = tuple[Message, int, Head | None, int]
-_NOTHING: list[_Outgoing] = []
+# The index of a policy, its `on_chunk`, and whether it may end the stream.
+_Watch = tuple[int, Any, bool]
+# What most exchanges never have; replaced, not written to.
+_NOTHING_HELD: dict[int, _Hold] = {}
+_NO_AROUNDS: dict[int, AbstractAsyncContextManager[Any]] = {}
+_NOBODY: list[_Watch] = []
 
 
 def _replaced(head: Head, body: bytes) -> Message:
@@ -237,151 +304,165 @@ def _replaced(head: Head, body: bytes) -> Message:
     return {"type": _BODY, "body": body, "more_body": False}
 
 
-def _may_wait(message: Message, head: Head, layer: _Layer) -> bool:
+def _may_wait(message: Message, head: Head, bound: int) -> bool:
     """Whether a start may wait for its body, because nothing is delayed by it: never an event stream, and without a
     length it waits for the first body message only."""
-    if message["type"] != "http.response.start" or message.get("trailers"):
+    if message.get("trailers") or message["type"] != "http.response.start":
         return False  # trailers would follow a body that is gone (RFC 9110 section 15.4.5)
-    fields = dict(reversed(head.headers))
-    media_type = fields.get(b"content-type")
-    if media_type is not None and media_type[:17].lower() == b"text/event-stream":
-        return False
-    length = fields.get(b"content-length")
-    return length is None or (length.isdigit() and len(length) < 20 and int(length) <= layer.bound)
-
-
-def _watched(ex: Exchange, receive: Receive) -> Receive:
-    """What the application receives from: notices a client that leaves, replays a body that a policy has read."""
-
-    async def watched() -> Message:
-        replay = ex._replay  # noqa: SLF001
-        if replay is not None:
-            ex._replay = None  # noqa: SLF001
-            return replay
-        message = await receive()
-        kind = message["type"]
-        if (kind == "http.disconnect" or kind == "websocket.disconnect") and not ex.done:
-            ex.gone = True
-        return message
-
-    return watched
+    for name, value in head.headers:
+        if name == b"content-length":
+            if not (value.isdigit() and len(value) < 20 and int(value) <= bound):
+                return False
+        elif name == b"content-type" and len(value) > 16 and value[:17].lower() == b"text/event-stream":
+            return False
+    return True
 
 
 class _Pass:
     """One exchange going through one stack."""
 
-    __slots__ = ("arounds", "ex", "held", "left", "outermost", "receive", "scope", "send", "stack")
+    __slots__ = ("arounds", "ex", "flowing", "held", "left", "outermost", "scope", "send", "stack", "watching")
 
-    def __init__(
-        self, stack: PolicyStack, ex: Exchange, scope: Scope, receive: Receive, send: Send, outermost: bool
-    ) -> None:
+    def __init__(self, stack: PolicyStack, ex: Exchange, scope: Scope, send: Send, outermost: bool) -> None:
         self.stack = stack
         self.ex = ex
         self.scope = scope
-        self.receive = receive
         self.send = send
         self.outermost = outermost
         # The outermost policy that a response start (or a WebSocket close) has left outwards: only what is outside of
         # it may still answer an error. It only ever decreases.
         self.left = stack.depth
-        self.held: dict[int, _Hold] = {}
-        self.arounds: dict[int, AbstractAsyncContextManager[Any]] = {}
-
-    async def run(self) -> None:
-        stack, ex = self.stack, self.ex
-        error: BaseException | None = None
-        origin = 0
-        try:
-            self._prepare()
-            for origin, on_request, around in stack.entries:
-                if on_request is not None:
-                    answer = on_request(ex)
-                    if answer is not None:
-                        answer = await _settled(answer)
-                        if answer is not None:
-                            # Seen by the policies outside only: never by this one's own hooks or `around`.
-                            if answer.status >= 400 and ex.refused_by is None:
-                                ex.refused_by = stack.layers[origin].name
-                            await self._reply(answer, origin)
-                            break
-                if around is not None:
-                    context = around(ex)
-                    if context is not None:
-                        await context.__aenter__()
-                        self.arounds[origin] = context
-            else:
-                origin = stack.depth
-                await stack.app(self.scope, self.receive, self.emit)
-        except BaseException as raised:
-            error = raised
-        # A policy is entered once its turn comes, also if its own hook raises.
-        entered = min(origin + 1, stack.depth)
-        if error is None and not self.held and not self.arounds:
-            for layer in stack.finishes[entered]:
-                waiting = self._finish(layer)
-                if waiting is not None:
-                    error = await self._wait(layer, waiting, error)
-        else:
-            error = await self._unwind(error, origin, entered)
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # else the exception and this frame would hold each other
-
-    def _prepare(self) -> None:
-        stack, ex = self.stack, self.ex
-        if stack.missing and not stack.missing <= ex._given:  # noqa: SLF001
-            missing = stack.missing - ex._given  # noqa: SLF001
-            raise PolicyOrderError(missing_text(stack.policies, missing))
-        ex._given = ex._given | stack.gives if ex._given else stack.gives  # noqa: SLF001
-        ex._scope = self.scope  # noqa: SLF001  a mount gives its application a copy
-        if stack.matcher is not None:
-            path = self.scope["path"]
-            root = stack.host.root_path or self.scope.get("root_path")
-            found = stack.matcher.match(ex.method, _below(root, path) if root else path)
-            ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
+        self.held = _NOTHING_HELD
+        # Who watches the chunks of this response, innermost first.
+        self.watching = _NOBODY
+        # A stream that nobody watches is under way: what follows is sent and counted.
+        self.flowing = False
+        self.arounds = _NO_AROUNDS
 
     # --- outwards --------------------------------------------------------------------------------------------------
 
-    async def emit(self, message: Message, level: int = -1, head: Head | None = None, released: int = -1) -> None:
-        """Carry a message out through the layers below `level` (default: from the application).
+    async def emit(self, message: Message) -> None:
+        """What the application sends. A start that nobody holds, and what follows it, take the short way."""
+        ex = self.ex
+        if self.flowing and message.get("more_body", False) and not ex._ended:  # noqa: SLF001
+            try:
+                await self.send(message)
+            except Exception:
+                self._lost()
+                raise
+            ex.sent_bytes += len(message.get("body", b""))
+            return
+        kind = message["type"]
+        if self.held or ex._ended:  # noqa: SLF001
+            if kind == _BODY and not message.get("more_body", False) and not ex._ended:  # noqa: SLF001
+                await self._complete(message)
+            else:
+                await self.carry(message, self.stack.depth)
+        elif kind == _BODY:
+            body = message.get("body", b"")
+            for index, on_chunk, open_end in self.watching:
+                heard = on_chunk(ex, body)
+                if heard is not None and await self._ends(index, heard, message, open_end):
+                    return
+            try:
+                await self.send(message)
+            except Exception:
+                self._lost()
+                raise
+            if self.outermost:
+                ex.sent_bytes += len(body)
+                if message.get("more_body", False):
+                    self.flowing = not self.watching
+                else:
+                    ex.done = True
+                    ex.last_byte = ex.clock.monotonic()
+        elif kind == "http.response.start":
+            self.flowing = False
+            if self.stack.starts[-1]:
+                head = Head(message["status"], message.get("headers") or ())
+                holder = self._decorate(message, head, self.stack.depth, -1)
+                if holder >= 0:
+                    self.held = {holder: _Hold(message, head)}
+                    return
+                message = {**message, "status": head.status, "headers": head.headers}
+            self.left = 0
+            if self.outermost:
+                ex.status = message["status"]
+                ex.first_byte = ex.clock.monotonic()
+            try:
+                await self.send(message)
+            except Exception:
+                self._lost()
+                raise
+        else:
+            await self.carry(message, self.stack.depth)
+
+    async def _complete(self, message: Message) -> None:
+        """The last body message meets a start that is held; nearly always it is the only one, and one policy holds."""
+        ex = self.ex
+        [(index, hold), *others] = self.held.items()
+        layer = self.stack.layers[index]
+        body = message.get("body", b"")
+        if others or hold.messages or self.watching or len(body) > layer.bound:
+            await self.carry(message, self.stack.depth)
+            return
+        self.held = _NOTHING_HELD
+        start, head = hold.message, hold.head
+        body = layer.on_body(ex, head, body)
+        if body is not None:
+            if not isinstance(body, bytes):
+                body = await body
+            if body is not None:
+                message = _replaced(head, body)
+        holder = self._decorate(start, head, index + 1, index)
+        if holder >= 0:
+            self.held = {holder: _Hold(start, head)}
+            await self.carry(message, index + 1)
+            return
+        start = {**start, "status": head.status, "headers": head.headers}
+        if self.outermost:
+            self._record(start, "http.response.start")
+        try:
+            await self.send(start)
+        except Exception:
+            self._lost()
+            raise
+        await self.emit(message)
+
+    async def carry(self, message: Message, level: int, head: Head | None = None, released: int = -1) -> None:
+        """Carry a message out through the layers below `level`.
 
         `head` and `released` go with a start that layer `released` held until now. What a policy lets go travels in
         the same loop: one coroutine for each message of the application, whatever the number of policies.
         """
-        stack, ex, held = self.stack, self.ex, self.held
-        waiting: list[_Outgoing] = _NOTHING
-        if level < 0:
-            level = stack.depth
-            if message["type"] == _BODY and not held:
-                # One of the many messages of a stream: watched, sent, counted.
-                body = message.get("body", b"")
-                for watch in stack.chunks[level]:
-                    watch(ex, body)
-                try:
-                    await self.send(message)
-                except Exception:
-                    self._lost()
-                    raise
-                if self.outermost:
-                    ex.sent_bytes += len(body)
-                    if not message.get("more_body", False):
-                        self._done()
-                return
+        stack, ex = self.stack, self.ex
+        if ex._ended:  # noqa: SLF001
+            raise StreamEndedError(_ENDED)
+        waiting: list[_Outgoing] = []
         while True:
             kind = message["type"]
-            let_go = -1
+            held = self.held
+            holder = let_go = -1
             through = True
             if kind == _BODY:
-                if held:
-                    layer = self._taker(message, level)
-                    if layer is not None:
+                for index in held:
+                    if holder < index < level:
+                        holder = index
+                # Policies inside of who holds the start watch what follows it pass.
+                for index, on_chunk, open_end in self.watching:
+                    if holder < index < level:
+                        heard = on_chunk(ex, message.get("body", b""))
+                        if heard is not None and await self._ends(index, heard, message, open_end):
+                            through = False
+                            break
+                else:
+                    if holder >= 0:
                         through = False
-                        hold = held[layer.index]
+                        hold = held[holder]
+                        layer = stack.layers[holder]
                         messages = hold.messages
                         if not hold.waits_after(message, layer.bound):
-                            let_go = layer.index
+                            let_go = holder
                             del held[let_go]
                             if hold.whole:
                                 body = layer.on_body(ex, hold.head, hold.body())
@@ -389,9 +470,6 @@ class _Pass:
                                     body = await body
                                 if body is not None:
                                     messages = [_replaced(hold.head, body)]
-                else:
-                    for watch in stack.chunks[level]:
-                        watch(ex, message.get("body", b""))
             elif kind in _STARTS:
                 if stack.starts[level]:
                     if head is None:
@@ -399,28 +477,30 @@ class _Pass:
                     if kind == "websocket.accept":
                         message = self._accept(message, head, level)
                     else:
-                        stopped = self._decorate(message, head, level, released)
-                        if stopped is None:
+                        holder = self._decorate(message, head, level, released)
+                        if holder < 0:
                             message = {**message, "status": head.status, "headers": head.headers}
                         else:
                             through = False
-                            if stopped in held:
+                            if holder in held:
                                 # A second start meets a policy that still holds the first, which goes first.
-                                hold = held.pop(stopped)
-                                let_go, messages = stopped, hold.messages
-                                waiting = [*waiting, (message, stopped + 1, head, released)]
+                                hold = held.pop(holder)
+                                let_go, messages = holder, hold.messages
+                                waiting.append((message, holder + 1, head, released))
                             else:
-                                held[stopped] = _Hold(message, head)
+                                self.held = {**held, holder: _Hold(message, head)}
                 if through:
                     self.left = 0
             else:
-                let_go = max([index for index in held if index < level], default=-1) if held else -1
+                for index in held:
+                    if let_go < index < level:
+                        let_go = index
                 if let_go >= 0:
                     # Any other message: whatever is held on its way goes first.
                     through = False
                     hold = held.pop(let_go)
                     messages = hold.messages
-                    waiting = [*waiting, (message, level, None, -1)]
+                    waiting.append((message, level, None, -1))
                 elif kind == "websocket.close":
                     self.left = 0
             if through:
@@ -435,14 +515,15 @@ class _Pass:
                     if kind == _BODY:
                         ex.sent_bytes += len(message.get("body", b""))
                     if kind in _LAST and not message.get("more_body", False):
-                        self._done()
+                        ex.done = True
+                        ex.last_byte = ex.clock.monotonic()
             elif let_go >= 0:
                 # The start goes on from where it was held, then its body messages.
                 level = let_go + 1
-                waiting = [*waiting, *[(body_message, level, None, -1) for body_message in reversed(messages)]]
+                waiting += [(body_message, level, None, -1) for body_message in reversed(messages)]
                 message, head, released = hold.message, hold.head, let_go
                 continue
-            if not waiting:
+            if not waiting or ex._ended:  # noqa: SLF001
                 return
             message, level, head, released = waiting.pop()
 
@@ -460,40 +541,41 @@ class _Pass:
         if self.outermost:
             self.ex.gone = self.ex.gone or not self.ex.done
 
-    def _done(self) -> None:
-        """The last that the client waits for has been sent."""
-        self.ex.done = True
-        self.ex.last_byte = self.ex.clock.monotonic()
+    def _decorate(self, message: Message, head: Head, level: int, released: int) -> int:
+        """Run the head outwards from `level`; the policy that wants to hold it, or holds another, stops it there.
 
-    def _decorate(self, message: Message, head: Head, level: int, released: int) -> int | None:
-        """Run the head outwards from `level`; the policy that wants to hold it, or holds another, stops it there."""
+        Returns the index of that policy, -1 when the head has left them all.
+        """
         ex = self.ex
         index = level
         try:
-            for index, wants_body, on_response in self.stack.starts[level]:
+            for index, on_response, layer in self.stack.starts[level]:
+                if layer is None:
+                    on_response(ex, head)
+                    continue
                 if (
-                    wants_body is not None
+                    layer.on_body is not None
                     and index != released
-                    and (
-                        index in self.held
-                        or (wants_body(ex, head) and _may_wait(message, head, self.stack.layers[index]))
-                    )
+                    and (index in self.held or (layer.wants_body(ex, head) and _may_wait(message, head, layer.bound)))
                 ):
-                    return index
+                    break
                 if on_response is not None:
                     on_response(ex, head)
-            index = -1
+                if layer.on_chunk is not None and message["type"] == "http.response.start":
+                    self._watch(layer, message, head)
+            else:
+                index = -1
         finally:
             # Wherever it stopped, it has left the policies inside of there.
             if self.left > index + 1:
                 self.left = index + 1
-        return None
+        return index
 
     def _accept(self, message: Message, head: Head, level: int) -> Message:
         """Run `websocket.accept` outwards. What cannot be said of it must not reach the policies outside either."""
         ex = self.ex
         old = _websocket_version(self.scope) < (2, 1)  # before 2.1 an accept had no headers
-        for index, _, on_response in self.stack.starts[level]:
+        for index, on_response, _ in self.stack.starts[level]:
             self.left = min(self.left, index + 1)
             if on_response is not None:
                 on_response(ex, head)
@@ -502,16 +584,39 @@ class _Pass:
                     head = Head(101, message.get("headers") or ())
         return message if old else {**message, "headers": head.headers}
 
-    def _taker(self, message: Message, level: int) -> _Layer | None:
-        """The policy whose hold a body message from `level` completes; policies inside of it watch it pass."""
-        for layer in self.stack.bodies[level]:
-            if layer.index in self.held:
-                return layer
-            if layer.on_chunk is not None:
-                layer.on_chunk(self.ex, message.get("body", b""))
-        return None
+    def _watch(self, layer: _Layer, message: Message, head: Head) -> None:
+        """Ask a policy whether it watches the chunks behind this head, which is about to leave it."""
+        index = layer.index
+        wanted = layer.wants_chunks is None or layer.wants_chunks(self.ex, head)
+        watching = self.watching
+        if watching and watching[-1][0] <= index:  # a second start asks again
+            watching = [watch for watch in watching if watch[0] != index]
+        if wanted:
+            open_end = head.get(b"content-length") is None and not message.get("trailers")
+            watching = [*watching, (index, layer.on_chunk, open_end)]
+            if len(watching) > 1:
+                watching.sort(key=itemgetter(0), reverse=True)
+        self.watching = watching
 
-    async def _reply(self, answer: Problem | Reply, level: int) -> None:
+    async def _ends(self, index: int, heard: Any, message: Message, open_end: bool) -> bool:
+        """Wait for what `on_chunk` of policy `index` returned; whether it has ended the stream with this message."""
+        if not isinstance(heard, EndOfStream):
+            if not isawaitable(heard):
+                raise TypeError(_NO_END.format(type(heard).__name__))
+            heard = await heard
+            if heard is not None and not isinstance(heard, EndOfStream):
+                raise TypeError(_NO_END.format(type(heard).__name__))
+        if heard is None or not open_end or not message.get("more_body", False):
+            return False
+        ex = self.ex
+        await self.carry(message, index)
+        if not ex._ended:  # noqa: SLF001  by a policy outside, with this very chunk
+            await self.carry({"type": _BODY, "body": heard.last, "more_body": False}, index)
+            ex._ended = True  # noqa: SLF001
+            ex.refused_by = self.stack.layers[index].name
+        return True
+
+    async def reply(self, answer: Problem | Reply, level: int) -> None:
         """Send a whole response from `level` outwards."""
         reply = answer if isinstance(answer, Reply) else self.ex.style.render(answer, self.ex)
         status, body, headers = reply.status, reply.body, list(reply.headers)
@@ -523,24 +628,25 @@ class _Pass:
         if self.ex.kind == "websocket":
             kind = "websocket.http.response"
             if kind not in (self.scope.get("extensions") or ()):
-                await self.emit({"type": "websocket.close", "code": reply.code, "reason": ""}, level)
+                await self.carry({"type": "websocket.close", "code": reply.code, "reason": ""}, level)
                 kind = ""
         if kind:
-            await self.emit({"type": f"{kind}.start", "status": status, "headers": headers}, level)
-            await self.emit({"type": f"{kind}.body", "body": body, "more_body": False}, level)
+            await self.carry({"type": f"{kind}.start", "status": status, "headers": headers}, level)
+            await self.carry({"type": f"{kind}.body", "body": body, "more_body": False}, level)
         if reply.after is not None:
             await reply.after()
 
     async def _release(self, index: int) -> None:
         """Let go unchanged what layer `index` holds; a policy further out may take it over."""
         hold = self.held.pop(index)
-        await self.emit(hold.message, index + 1, hold.head, index)
+        await self.carry(hold.message, index + 1, hold.head, index)
         for message in hold.messages:
-            await self.emit(message, index + 1)
+            if not self.ex._ended:  # noqa: SLF001
+                await self.carry(message, index + 1)
 
     # --- unwinding -------------------------------------------------------------------------------------------------
 
-    async def _unwind(self, error: BaseException | None, origin: int, entered: int) -> BaseException | None:
+    async def unwind(self, error: BaseException | None, origin: int, entered: int) -> BaseException | None:
         """Inner to outer, per policy: flush or drop what it holds, leave `around`, `on_error`, `on_finish`.
 
         Returns the exception that is still pending. What came out of policy `origin`'s own `on_request` or reply is
@@ -552,7 +658,7 @@ class _Pass:
         for layer in self.stack.unwinds[entered]:
             index = layer.index
             if index in self.held:
-                if error is None:
+                if error is None and not ex._ended:  # noqa: SLF001
                     try:
                         await self._release(index)
                     except BaseException as raised:
@@ -566,9 +672,9 @@ class _Pass:
             if isinstance(error, Exception) and layer.on_error is not None and index != origin and self.left > index:
                 error = await self._answer(layer, error)
             if layer.on_finish is not None:
-                waiting = self._finish(layer)
+                waiting = self.finish(layer)
                 if waiting is not None:
-                    error = await self._wait(layer, waiting, error)
+                    error = await self.wait(layer, waiting, error)
         return error
 
     async def _leave(
@@ -596,13 +702,13 @@ class _Pass:
                     answer = await _settled(answer)
             if answer is None:
                 return error
-            await self._reply(answer, layer.index)
+            await self.reply(answer, layer.index)
         except BaseException as raised:
             self.ex.error = raised
             return raised
         return error if isinstance(answer, Reply) and answer.reraise else None
 
-    def _finish(self, layer: _Layer) -> Awaitable[Any] | None:
+    def finish(self, layer: _Layer) -> Awaitable[Any] | None:
         """Call `on_finish`; what is returned has to be waited for. It tells of its failure nobody but the log."""
         try:
             waiting: Awaitable[Any] | None = layer.on_finish(self.ex)
@@ -614,7 +720,7 @@ class _Pass:
             return waiting
         return None
 
-    async def _wait(self, layer: _Layer, waiting: Awaitable[Any], error: BaseException | None) -> BaseException | None:
+    async def wait(self, layer: _Layer, waiting: Awaitable[Any], error: BaseException | None) -> BaseException | None:
         """Wait for an `on_finish`, shielded and bounded; only a cancellation passes."""
         if isinstance(error, GeneratorExit):
             # The coroutine is being closed from outside: nothing may be awaited any more.
@@ -631,6 +737,25 @@ class _Pass:
             self.ex.error = raised
             return raised
         return error
+
+
+def _because_ended(error: BaseException | None) -> bool:
+    """Whether `error` is what became of a `StreamEndedError` in the application.
+
+    Itself, what was raised from it or while it was handled (Starlette's `ClientDisconnect`), or a group of only such.
+    """
+    link = error
+    for _ in range(_LONGEST_CHAIN):
+        if isinstance(link, ExceptionGroup):
+            return all(map(_because_ended, link.exceptions))
+        if isinstance(link, StreamEndedError):
+            if not isinstance(error, OSError | ClientDisconnect):
+                logger.warning("raised by the application because its stream was ended", exc_info=error)
+            return True
+        if not isinstance(link, Exception):
+            return False
+        link = link.__context__ if link.__cause__ is None else link.__cause__
+    return False
 
 
 async def _raise(error: BaseException) -> None:

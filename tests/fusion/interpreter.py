@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.exchange import Exchange, Head, StreamEndedError
 from sigil_policy.core.host import PLAIN
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem
@@ -35,6 +35,8 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
             return message
 
         async def deliver(message: Any) -> None:
+            if ex._ended:
+                raise StreamEndedError
             # The status says what was handed to the server; what a dying connection did with it, nobody knows.
             kind = message["type"]
             if kind in STARTS:
@@ -52,7 +54,11 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
             ex.done = ex.done or last or kind in ("http.response.pathsend", "websocket.close")
 
         async def innermost(outward: Any) -> None:
-            await app(scope, hear, outward)
+            try:
+                await app(scope, hear, outward)
+            except Exception as error:
+                if not (ex._ended and because_of_the_end(error)):
+                    raise
 
         inner = innermost
         for policy in reversed(policies):
@@ -69,6 +75,8 @@ class Layer:
         self.policy, self.ex, self.scope, self.inner = policy, ex, scope, inner
         self.held: Any = None  # a head and the body messages gathered behind it
         self.left = False  # a response start has left this layer outwards
+        self.watches = False  # its policy wants the chunks of this response
+        self.promised = False  # the head that left says how the body ends: it cannot be cut
 
     async def run(self, outward: Any) -> None:
         self.outward = outward
@@ -123,9 +131,13 @@ class Layer:
             raise
 
     async def send(self, message: Any) -> None:
+        if self.ex._ended:
+            raise StreamEndedError
         kind = message["type"]
         if kind in STARTS:
             await self.release()
+            if self.ex._ended:
+                return
             head = Head(message.get("status", 101), message.get("headers") or ())
             if self.holds(message, head):
                 self.held = message, head, []
@@ -137,6 +149,8 @@ class Layer:
             await self.chunk(message)
         else:
             await self.release()
+            if self.ex._ended:
+                return
             self.left = self.left or kind == "websocket.close"
             await self.outward(message)
 
@@ -174,10 +188,14 @@ class Layer:
     async def release(self) -> None:
         if self.held:
             held, self.held = self.held, None
-            await self.depart(*held)
+            if not self.ex._ended:
+                await self.depart(*held)
 
     async def depart(self, start: Any, head: Any, parts: Any) -> None:
         self.policy.on_response(self.ex, head)
+        if start["type"] == "http.response.start":
+            self.watches = self.policy.wants_chunks(self.ex, head)
+            self.promised = head.get(b"content-length") is not None or start.get("trailers", False)
         self.left = True
         if start["type"] != "websocket.accept":
             await self.outward({**start, "status": head.status, "headers": head.headers})
@@ -186,11 +204,20 @@ class Layer:
         else:
             await self.outward(start)
         for part in parts:
-            await self.chunk(part)
+            if not self.ex._ended:
+                await self.chunk(part)
 
     async def chunk(self, message: Any) -> None:
-        self.policy.on_chunk(self.ex, message.get("body", b""))
+        end = await settled(self.policy.on_chunk(self.ex, message.get("body", b""))) if self.watches else None
+        if end is None or self.promised or not message.get("more_body", False):
+            return await self.outward(message)
         await self.outward(message)
+        if self.ex._ended:
+            return None  # a policy outside has ended it with this very chunk
+        await self.outward({"type": "http.response.body", "body": end.last})
+        self.ex._ended = True
+        self.ex.refused_by = type(self.policy).__name__
+        return None
 
     async def reply(self, answer: Any) -> None:
         headers, body, prefix = list(answer.headers), answer.body, ""
@@ -212,3 +239,11 @@ async def settled(answer: Any) -> Any:
 
 def rendered(answer: Any, ex: Any) -> Any:
     return DEFAULT_STYLE.render(answer, ex) if isinstance(answer, Problem) else answer
+
+
+def because_of_the_end(error: Any) -> bool:
+    if isinstance(error, ExceptionGroup):
+        return all(because_of_the_end(one) for one in error.exceptions)
+    if not isinstance(error, Exception) or isinstance(error, StreamEndedError):
+        return isinstance(error, Exception)
+    return because_of_the_end(error.__cause__ or error.__context__)

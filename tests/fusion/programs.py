@@ -15,10 +15,11 @@ from typing import Any, Self
 import anyio
 import anyio.lowlevel
 from hypothesis import strategies as st
+from starlette.requests import ClientDisconnect
 
 from sigil_policy.core.catalogue import RATE_EXCEEDED
 from sigil_policy.core.exchange import Exchange, Head
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import EndOfStream, Policy
 from sigil_policy.core.problems import Reply
 from sigil_policy.testing import FrozenClock
 
@@ -51,11 +52,11 @@ class Script:
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that the application does; `catches`: it goes on when `send` raises."""
+    """One thing that the application does; `catches`: it goes on when `send` raises, or raises what it makes of it."""
 
     do: str
     message: Any = None
-    catches: bool = False
+    catches: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,18 @@ def on_response(self: Scripted, ex: Exchange, head: Head) -> None:
     _change(head, act, self.name)
 
 
-def on_chunk(self: Scripted, ex: Exchange, chunk: bytes) -> None:
+def wants_chunks(self: Scripted, ex: Exchange, head: Head) -> bool:
+    act = self._seen("wants_chunks", *_look(head))
+    self._fail(act, "wants_chunks")
+    return act.do != "no"
+
+
+def on_chunk(self: Scripted, ex: Exchange, chunk: bytes) -> Any:
     act = self._seen("on_chunk", chunk)
-    if act.do == "raise" and (act.arg != "value" or len(chunk) > 2):
-        self._fail(act, "on_chunk")
+    if act.do == "raise" and act.arg == "value" and len(chunk) <= 2:
+        return None
+    least, last = act.arg if act.do == "end" else (0, None)
+    return self._run("on_chunk", act, None if last is None or len(chunk) < least else EndOfStream(last))
 
 
 def on_error(self: Scripted, ex: Exchange, error: Exception) -> Any:
@@ -199,7 +208,7 @@ def _change(head: Head, act: Act, name: str) -> None:
 
 HOOKS = {
     hook.__name__: hook
-    for hook in (on_request, around, wants_body, on_body, on_response, on_chunk, on_error, on_finish)
+    for hook in (on_request, around, wants_body, on_body, on_response, wants_chunks, on_chunk, on_error, on_finish)
 }
 
 
@@ -269,6 +278,17 @@ def plain(message: Any) -> Any:
     return tuple(sorted(message.items()))
 
 
+def made_of(error: Exception, what: str) -> None:
+    """Raise what an application, or its framework, makes of an exception that `send` raised."""
+    if what == "other":
+        raise ClientDisconnect  # as Starlette does
+    if what == "from":
+        raise ValueError("from") from error
+    if what == "group":
+        raise ExceptionGroup("group", [error, ExceptionGroup("inner", [error])])
+    raise ExceptionGroup("mixed", [error, ValueError("mixed")])
+
+
 class World:
     """One side's run of a program: its log, its application, its server."""
 
@@ -309,6 +329,8 @@ class World:
                 if not step.catches:
                     raise
                 self.log.append(("app", "caught", label(error)))
+                if step.catches is not True:
+                    made_of(error, step.catches)
 
     async def receive(self) -> Any:
         await anyio.lowlevel.checkpoint()
@@ -386,6 +408,9 @@ class Draw(Random):
     def program(self) -> Program:
         kind = "http" if self.often(0.75) else "websocket"
         trouble = self.choice((0.03, 0.1, 0.1, 0.3))
+        # Streams that policies may end are rare among all the rest: some programs are made of them.
+        self.streams = kind == "http" and self.often(0.25)
+        trouble = 0.03 if self.streams else trouble
         return Program(
             policies=tuple(self.script(kind, trouble) for _ in range(self.choice((0, 1, 2, 2, 3, 3, 4, 5, 6, 8)))),
             app=(
@@ -406,6 +431,7 @@ class Draw(Random):
         hooks = {hook for hook in HOOKS if self.often(0.45)}
         # Only who looks at bodies can be asked whether it wants one.
         hooks |= {"on_body"} if "wants_body" in hooks else set()
+        hooks |= {"on_chunk"} if "wants_chunks" in hooks or (self.streams and self.often()) else set()
         acts = {hook: self.act(hook, kind, trouble) for hook in HOOKS if hook in hooks}
         return Script(acts, self.choice((65_536, 65_536, 65_536, 10, 5, 0)))
 
@@ -426,8 +452,10 @@ class Draw(Random):
         if hook == "around":
             do = self.choice(("none", "pass", "pass", "swallow", "replace", "limit", "limit"))
             return Act(do, failing.arg, waits)
-        if hook == "wants_body" and self.often(0.2):
+        if hook in ("wants_body", "wants_chunks") and self.often(0.2):
             return Act("no")
+        if hook == "on_chunk" and self.often(0.4):
+            return Act("end", (self.choice((0, 0, 1, 6)), self.choice(BODIES)), waits)
         if hook in ("on_body", "on_response") and self.often(0.7):
             return self.change(hook, waits)
         return Act(waits=waits)
@@ -441,7 +469,7 @@ class Draw(Random):
     def change(self, hook: str, waits: bool) -> Act:
         if hook == "on_body" and self.often():
             return Act("bytes", self.choice(BODIES), waits) if self.often(0.8) else Act("not modified", waits=waits)
-        do = self.choice(("add", "add", "add", "status", "length", "no length", "stream"))
+        do = self.choice(("add", "add", "add", "status", "no length", "stream", "add" if self.streams else "length"))
         arg = self.choice((201, 204, 304, 418)) if do == "status" else self.choice((0, 5, 30))
         return Act(do, arg, waits)
 
@@ -450,15 +478,15 @@ class Draw(Random):
         headers = [pair for pair in kinds if self.often(0.4)]
         if self.often(0.1):
             headers.insert(0, (b"content-type", self.choice((b"text/event-stream", b"Text/Event-Stream; q=1"))))
-        parts = [self.choice(BODIES) for _ in range(self.choice((0, 1, 1, 1, 2, 3, 4)))]
+        parts = [self.choice(BODIES) for _ in range(self.choice((3, 4, 5) if self.streams else (0, 1, 1, 1, 2, 3, 4)))]
         total = len(b"".join(parts))
         length = self.choice((None, None, None, total, total, total, "5,5", 70_000, 2))
-        if length is not None:
+        if length is not None and not (self.streams and self.often(0.9)):
             headers.append((b"content-length", str(length).encode()))
         start: dict[str, Any] = {"type": "http.response.start", "status": self.choice((200, 200, 204, 404, 500))}
         if headers or self.often():
             start["headers"] = headers
-        if self.often(0.2):
+        if self.often(0.1 if self.streams else 0.2):
             start["trailers"] = True
         messages: list[Any] = [start]
         for index, part in enumerate(parts):
@@ -491,8 +519,8 @@ class Draw(Random):
 
     def steps(self, messages: list[Any]) -> tuple[Step, ...]:
         """`messages` sent in order, with a few other things in between, and now and then one too many or too few."""
-        catches = self.often(0.3)
-        steps = [Step("send", message, catches and self.often()) for message in messages]
+        catches = self.often(0.4) and self.choice((True, True, "other", "from", "group", "mixed", "mixed"))
+        steps = [Step("send", message, catches if self.often(0.6) else False) for message in messages]
         for _ in range(self.choice((0, 0, 1, 1, 2, 3))):
             steps.insert(self.randint(0, len(steps)), self.noise(catches))
         if steps and self.often(0.12):
@@ -503,7 +531,7 @@ class Draw(Random):
                 steps.insert(self.randint(0, len(steps)), steps[index])
         return tuple(steps)
 
-    def noise(self, catches: bool) -> Step:
+    def noise(self, catches: bool | str) -> Step:
         do = self.choice(("receive", "receive", "wait", "raise", "raise", "hang", "return", "other"))
         if do == "raise":
             return Step("raise", self.choice(("value", "timeout", "halt")))

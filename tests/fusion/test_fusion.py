@@ -131,6 +131,8 @@ def test_programs_reach_what_they_are_meant_to_reach() -> None:
         reached |= {(program.kind, hook) for hook in hooks if isinstance(hook, str)}
         reached |= {(program.kind, entry[2]) for entry in log if entry[1] == "on_finish" and len(entry) > 3}
         reached |= {("depth", len(program.policies))}
+        reached |= {(entry[1], "resumed") for entry in log if entry[1:] == ("on_chunk", "resumed")}
+        reached |= {entry[1:] for entry in log if entry[:2] == ("app", "caught")}
         reached |= {("answered", "on_error") for entry in log[-1:] if "on_error" in hooks and entry[1] is None}
     for kind in ("http", "websocket"):
         for hook in ("on_request", "around", "enter", "exit", "on_response", "on_error", "on_finish"):
@@ -139,6 +141,7 @@ def test_programs_reach_what_they_are_meant_to_reach() -> None:
             assert (kind, outcome) in reached
     assert {("http", "wants_body"), ("http", "on_body"), ("http", "on_chunk"), ("http", "read")} <= reached
     assert {("depth", 0), ("depth", 8), ("answered", "on_error")} <= reached
+    assert {("http", "wants_chunks"), ("caught", "StreamEndedError"), ("on_chunk", "resumed")} <= reached
 
 
 # --- a test of the test ------------------------------------------------------------------------------------------
@@ -153,8 +156,8 @@ FAULTS: dict[str, tuple[str, str]] = {
         'await self.send({"type": f"{prefix}http.response.start"',
     ),
     "a failing on_response may not be answered by its own policy": (
-        "self.policy.on_response(self.ex, head)\n        self.left = True",
-        "self.left = True\n        self.policy.on_response(self.ex, head)",
+        "self.policy.on_response(self.ex, head)\n        if start",
+        "self.left = True\n        self.policy.on_response(self.ex, head)\n        if start",
     ),
     "a websocket close does not count as an answer": (
         'self.left = self.left or kind == "websocket.close"',
@@ -182,17 +185,70 @@ FAULTS: dict[str, tuple[str, str]] = {
         "await self.release()\n                except",
         "pass\n                except",
     ),
-    "a held start is overtaken by another message": ("await self.release()\n            self.left", "self.left"),
-    "a second start replaces a held one": ("await self.release()\n            head", "head"),
+    "a held start is overtaken by another message": (
+        "await self.release()\n            if self.ex._ended:\n                return\n            self.left",
+        "self.left",
+    ),
+    "a second start replaces a held one": (
+        "await self.release()\n            if self.ex._ended:\n                return\n            head",
+        "head",
+    ),
     "a hold survives a failing on_body": ("self.held = None\n        new", "new"),
     "content-length is not corrected": ('elif head.get(b"content-length") is not None:', "elif False:"),
     "content-length stays on 304": ("if head.status in (204, 304):", "if False:"),
     # Rule 14: chunks.
     "on_chunk after the chunk has left": (
-        'self.policy.on_chunk(self.ex, message.get("body", b""))\n        await self.outward(message)',
-        'await self.outward(message)\n        self.policy.on_chunk(self.ex, message.get("body", b""))',
+        "if self.watches else None\n",
+        "if self.watches and not await self.outward(message) else None\n",
     ),
     "bodies that were held are no chunks": ("await self.chunk(part)", "await self.outward(part)"),
+    "wants_chunks is not asked": ("self.watches = self.policy.wants_chunks(self.ex, head)", "self.watches = True"),
+    "wants_chunks is asked before on_response": (
+        "self.policy.on_response(self.ex, head)\n        if start",
+        "self.policy.wants_chunks(self.ex, head); self.policy.on_response(self.ex, head)\n        if start",
+    ),
+    "wants_chunks is asked after the head has left": (
+        "self.watches = self.policy.wants",
+        "self.left = True; self.watches = self.policy.wants",
+    ),
+    # The end of a stream.
+    "a stream of a promised length is ended": ('head.get(b"content-length") is not None or start', "start"),
+    "a stream with trailers is ended": ('start.get("trailers", False)', "False"),
+    "the last chunk ends a stream": ('or not message.get("more_body", False):\n            return', "or False: return"),
+    "the chunk that went over is lost": (
+        "await self.outward(message)\n        if self.ex._ended",
+        "if self.ex._ended",
+    ),
+    "the last words pass the policy's own hooks": (
+        'await self.outward({"type": "http.response.body", "body": end.last})',
+        'await self.chunk({"type": "http.response.body", "body": end.last})',
+    ),
+    "the last words are lost": ('"body": end.last}', "}"),
+    "a stream goes on after its end": ("self.ex._ended = True", "pass"),
+    "a stream is over although its end did not go out": (
+        'await self.outward({"type": "http.response.body", "body": end',
+        'self.ex._ended = True; await self.outward({"type": "http.response.body", "body": end',
+    ),
+    "inner policies see what comes after the end": (
+        "if self.ex._ended:\n            raise StreamEndedError\n        kind",
+        "kind",
+    ),
+    "two policies end one stream": (
+        "if self.ex._ended:\n            return None",
+        "if False:\n            return None",
+    ),
+    "what was held goes on after the end": (
+        "for part in parts:\n            if not self.ex._ended:",
+        "for part in parts:\n            if True:",
+    ),
+    "an ended stream was nobody's refusal": ("self.ex.refused_by = type(self.policy)", "_ = type(self.policy)"),
+    "the end of a stream is an error": ("if not (ex._ended and because_of_the_end(error)):", "if True:"),
+    "any error after the end is because of it": (
+        "if not (ex._ended and because_of_the_end(error)):",
+        "if not ex._ended:",
+    ),
+    "what an application makes of the end is an error": ("error.__cause__ or error.__context__", "None"),
+    "one of a group is enough": ("return all(because", "return any(because"),
     # Rules 9, 15 and 16: HEAD and WebSockets.
     "a reply to HEAD has a body": ('or self.ex.method == "HEAD"', "or False"),
     "a denial response where none is offered": ('if "websocket.http.response" not in', "if None in"),

@@ -496,11 +496,12 @@ class RateLimit(Policy):
         else:
             merge(head, pairs, face)
 
-    def on_chunk(self, ex: Exchange, chunk: bytes) -> Awaitable[EndOfStream | None] | None:
+    def wants_chunks(self, ex: Exchange, head: Head) -> bool:
         note = ex.note(self)
-        spending: Spending | None = None if note is None else note[2]
-        if spending is None or spending.events is None:
-            return None
+        return note is not None and note[2] is not None and note[2].events is not None
+
+    def on_chunk(self, ex: Exchange, chunk: bytes) -> Awaitable[EndOfStream | None] | None:
+        spending: Spending = ex.note(self)[2]
         spending.add(chunk)
         if spending.left is not None or spending.overdrawn:
             return None
@@ -537,6 +538,8 @@ class RateLimit(Policy):
         if note is None:
             return None
         face, decision, spending = note
+        if spending is None and TokenUsage not in ex:
+            return self._catch_up(ex) if self._remote else None
         usage = ex.get(TokenUsage)
         now = ex.clock.time()
         if spending is not None and spending.left is None:
