@@ -1,5 +1,6 @@
 """The stores in this process pass the checks that any author can run, and stores that are broken do not."""
 
+from threading import Lock
 from typing import Any
 
 import anyio
@@ -156,11 +157,15 @@ class ExtendsInPart(FixedWindows):
 
 
 class ExtendsForFree(FixedWindows):
+    # What it breaks is the sum, not the exclusion of threads.
+    alone = Lock()
+
     def extend(self, lease: Lease, more: Any, now: float) -> Any:
-        left = super().extend(lease, more, now)
-        if left is not None and not lease.plan.levels:
-            self._charge(lease.key, lease.plan, [0] * len(lease.plan.requests) + [-amount for amount in more], now)
-        return left
+        with self.alone:
+            left = super().extend(lease, more, now)
+            if left is not None and not lease.plan.levels:
+                self._charge(lease.key, lease.plan, [0] * len(lease.plan.requests) + [-amount for amount in more], now)
+            return left
 
 
 class ForgetsOtherTiers(FixedWindows):
