@@ -215,6 +215,8 @@ class Exchange(dict[type, Any]):
 
     def give(self, fact: object) -> None:
         """Make `fact` known to every policy and to the application; the newest of a type holds."""
+        if type(fact) is Principal:
+            self.authenticate(fact)
         self[type(fact)] = fact
 
     def note(self, policy: object) -> Any:

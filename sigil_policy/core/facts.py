@@ -122,7 +122,7 @@ class Quota:
 
     @property
     def tokens(self) -> tuple[WindowState, ...]:
-        return tuple(window for window in self._windows() if window.unit == "tokens")
+        return tuple(window for window in self._windows() if window.unit != "requests")
 
     def __repr__(self) -> str:
         return f"Quota({self.tier!r}, {list(self._windows())})"

@@ -23,7 +23,7 @@ Proxy = IPv4Network | IPv6Network | Literal["unix"]
 
 Key = Callable[[Exchange], str | None]
 
-_LONG = 256
+LONG = 256
 
 
 def by_principal(ex: Exchange) -> str | None:
@@ -99,11 +99,14 @@ class Addresses:
         return self._known(ex.client, forwarded)
 
 
-def bounded(key: str) -> str:
-    """`key`, in few enough characters for a store."""
-    return key if len(key) <= _LONG else f"sha256 {sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+def bounded(key: object) -> str:
+    """`key` in few enough characters for a store; no name is the short form of another."""
+    text = str(key)
+    if len(text) <= LONG:
+        return f"={text}"
+    return f"sha256 {sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
-def own(key: str) -> str:
+def own(key: object) -> str:
     """The key of a function of the application: not an address, nor a bucket that is shared, whatever it says."""
-    return f"key {sha256(key.encode('utf-8', 'surrogatepass')).hexdigest() if len(key) > _LONG else key}"
+    return f"key{bounded(key)}"

@@ -31,11 +31,15 @@ MONTH = 31 * 86_400
 
 
 class StoreUnavailableError(ConnectionError):
-    """The store cannot decide now. `retry_after` is when to ask again, in seconds."""
+    """The store cannot decide now. `retry_after` is when to ask again, in seconds.
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+    `unsent` says that the store surely has not done what it was asked.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0, *, unsent: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.unsent = unsent
 
 
 class Window(NamedTuple):

@@ -45,6 +45,7 @@ class Face:
         self.plan = plan
         self.store = store
         self.names = list(names)
+        self.degraded = degraded
         self.shared = partial(Face, names=names, headline=headline, x_headers=x_headers, drafted=drafted, degraded=True)
         self.limits = [window.limit for window in plan.windows]
         self.lengths = [window.seconds for window in plan.windows]
@@ -54,8 +55,10 @@ class Face:
         self.budgets = list(zip(plan.tokens, self.names[self.split :], strict=True))
         # Those that `X-Tokens-Remaining` speaks of: input and output together, where that has a budget.
         self.told = [i for i, w in enumerate(plan.tokens) if w.unit == "tokens"] or list(range(len(plan.tokens)))
-        self.shown = next((i for i, w in enumerate(plan.requests) if w.name == (headline or "minute")), self.split - 1)
-        self.headline = self.shown if x_headers and plan.requests else None
+        # The caller's own windows come first; those of levels above are never the headline.
+        mine = plan.levels[0].requests if plan.levels else plan.requests
+        shown = next((i for i, w in enumerate(mine) if w.name == (headline or "minute")), len(mine) - 1)
+        self.headline = shown if x_headers and mine else None
         self.x_headers = x_headers
         self.drafted = drafted
         self.limit_pairs = [(b"x-ratelimit-limit", b"%d" % limit) for limit in self.limits]

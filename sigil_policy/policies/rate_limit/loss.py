@@ -8,18 +8,21 @@
   the loss is not known to them, so the window in which it falls may let through up to that much again. Fields describe
   the share, and `RateLimit-Policy` marks it with `sigil-degraded`.
 
-When the store is back, settlements that did not reach it are made, and what was admitted locally in windows that still
-last is charged: by the store's own news (`on_restored`), else by the exchanges that reach it again, a few at a time.
-Both are remembered for a bounded number of callers; the newest win.
+When the store is back, it is told what happened without it: settlements that did not reach it, and what callers used
+meanwhile in windows that still last (by "sliding" and "gcra" at most what they used in twice the window). Each of it
+once: what may have reached the store although no answer came is not told again. A store says itself that it is back
+(`on_restored`); else the exchanges that reach it bring the rest along, a few at a time. What is remembered is bounded;
+the newest wins.
 """
 
 from collections import OrderedDict, deque
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal
 
 import structlog
 
-from sigil_policy.core.clock import Clock
+from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.policies.rate_limit.fields import Face
 from sigil_policy.stores.limits import Algorithm, Decision, Key, Lease, LimitStore, Plan, StoreUnavailableError, Window
 from sigil_policy.stores.memory import memory_limits
@@ -31,6 +34,40 @@ OnStoreLoss = Literal["closed", "open", "local"]
 
 _REMEMBERED = 10_000
 _AT_A_TIME = 16
+_PATIENCE = 0.1  # seconds that an exchange, when it is over, spends on the others' behalf
+
+
+class _Owed:
+    """What one caller used without the store: for each window the amounts of its present stretch and of the last."""
+
+    __slots__ = ("_rows", "_windows")
+
+    def __init__(self, windows: tuple[Window, ...]) -> None:
+        self._windows = windows
+        self._rows: list[tuple[int, int, int]] = [(0, 0, 0)] * len(windows)
+
+    def add(self, amounts: tuple[int, ...], now: float) -> None:
+        for index, amount in enumerate(amounts):
+            if amount:
+                stretch, present, last = self._row(index, now)
+                self._rows[index] = (stretch, max(present + amount, 0), last)
+
+    def due(self, algorithm: Algorithm, now: float) -> tuple[int, ...]:
+        """What of it still counts."""
+        rows = [self._row(index, now) for index in range(len(self._windows))]
+        return tuple([present + (0 if algorithm == "fixed" else last) for _, present, last in rows])
+
+    def _row(self, index: int, now: float) -> tuple[int, int, int]:
+        window = self._windows[index]
+        if window.calendar is None:
+            stretch = int(now // window.seconds)
+        else:
+            moment = datetime.fromtimestamp(now, UTC)
+            stretch = 12 * moment.year + moment.month
+        known, present, last = self._rows[index]
+        if stretch == known:
+            return known, present, last
+        return stretch, 0, present if stretch == known + 1 else 0
 
 
 class Fallback:
@@ -43,9 +80,11 @@ class Fallback:
         self.algorithm = algorithm
         self._faces: dict[Face, Face] = {}
         self._plans: dict[Plan, Plan] = {}
-        self._admitted: OrderedDict[tuple[Key, Face], Clock] = OrderedDict()
+        self._real: dict[Face, Face] = {}
+        self._owed: OrderedDict[tuple[Key, Face], _Owed] = OrderedDict()
         self._unsettled: deque[tuple[Lease, tuple[int, ...]]] = deque(maxlen=_REMEMBERED)
         self._busy = False
+        self._clock: Clock = SYSTEM_CLOCK
         self._asleep_until = 0.0
         restored = getattr(store, "on_restored", None)
         if restored is not None:
@@ -58,12 +97,13 @@ class Fallback:
 
     def pending(self, clock: Clock) -> bool:
         """Whether something waits for the store, which may be back."""
-        if self._busy or not (self._unsettled or self._admitted):
+        if self._busy or not (self._unsettled or self._owed):
             return False
         return clock.monotonic() >= self._asleep_until
 
     def lost(self, error: StoreUnavailableError, clock: Clock) -> None:
         """The store was asked and is away: it is left alone for a while."""
+        self._clock = clock
         self._asleep_until = clock.monotonic() + error.retry_after
 
     def share(self, face: Face) -> Face:
@@ -71,6 +111,7 @@ class Fallback:
         known = self._faces.get(face)
         if known is None:
             known = self._faces[face] = face.shared(self._share(face.plan), self.local)
+            self._real[known] = face
         return known
 
     def _share(self, plan: Plan) -> Plan:
@@ -93,15 +134,22 @@ class Fallback:
 
     def decide(self, face: Face, key: Key, cost: int, estimate: tuple[int, ...] | None, clock: Clock) -> Decision:
         """Decide by this process's share of `face`."""
-        mine = self.share(face)
-        decision = self.local.admit(key, mine.plan, cost, estimate, clock.time())
+        decision = self.local.admit(key, self.share(face).plan, cost, estimate, clock.time())
         if decision.admitted:
-            asked = (key, face)
-            self._admitted[asked] = clock
-            self._admitted.move_to_end(asked)
-            if len(self._admitted) > _REMEMBERED:
-                self._admitted.popitem(last=False)
+            taken = tuple([min(cost, window.limit) for window in face.plan.requests])
+            self.owe(face, key, taken + (estimate or (0,) * len(face.plan.tokens)), clock.time())
         return decision
+
+    def owe(self, face: Face, key: Key, amounts: tuple[int, ...], now: float) -> None:
+        """Tell the store once it is back that `key` used `amounts`, or less if they are negative."""
+        asked = (key, self._real.get(face, face))
+        owed = self._owed.get(asked)
+        if owed is None:
+            owed = self._owed[asked] = _Owed(asked[1].plan.windows)
+        owed.add(amounts, now)
+        self._owed.move_to_end(asked)
+        if len(self._owed) > _REMEMBERED:
+            self._owed.popitem(last=False)
 
     def unsettled(self, lease: Lease, used: tuple[int, ...]) -> None:
         """Settle `lease` once the store is back."""
@@ -109,44 +157,53 @@ class Fallback:
 
     async def _restored(self) -> None:
         self._asleep_until = 0.0
-        await self.reconcile(2 * _REMEMBERED)
+        await self.reconcile(self._clock, 2 * _REMEMBERED, 60.0)
 
-    async def reconcile(self, most: int = _AT_A_TIME) -> None:
-        """Tell the store what happened without it; what does not reach it now is tried again."""
+    async def reconcile(self, clock: Clock, most: int = _AT_A_TIME, patience: float = _PATIENCE) -> None:
+        """Tell the store what happened without it; what surely does not reach it now is told later."""
         if self._busy:
             return
         self._busy = True
         settled = charged = 0
+        end = clock.monotonic() + patience
         try:
-            while self._unsettled and settled < most:
-                lease, used = self._unsettled.popleft()
-                try:
-                    await _answer(self.store.settle(lease, used, lease.at))
-                except BaseException:
-                    self._unsettled.appendleft((lease, used))
-                    raise
-                settled += 1
-            while self._admitted and settled + charged < most:
-                await self._charge()
-                charged += 1
-        except StoreUnavailableError:
-            pass
+            while settled + charged < most and clock.monotonic() <= end:
+                if self._unsettled:
+                    await self._settle()
+                    settled += 1
+                elif self._owed:
+                    charged += await self._charge(clock)
+                else:
+                    break
+        except StoreUnavailableError as lost:
+            self.lost(lost, clock)
         finally:
             self._busy = False
         if settled or charged:
             logger.info("rate_limit_reconciled", settled=settled, charged=charged)
 
-    async def _charge(self) -> None:
-        """Charge one caller for what it was admitted in the windows of now."""
-        (key, face), clock = next(iter(self._admitted.items()))
-        now = clock.time()
-        plan = self.share(face).plan
-        # A cost of 0 counts nothing: this reads what was used.
-        read = self.local.admit(key, plan, 0, None, now)
-        amounts = tuple([window.limit - left for window, left in zip(plan.windows, read.remaining, strict=True)])
-        if any(amounts):
-            await _answer(self.store.charge(key, face.plan, amounts, now))
-        self._admitted.pop((key, face), None)
+    async def _settle(self) -> None:
+        """A settlement may be made twice: it counts once."""
+        lease, used = self._unsettled.popleft()
+        try:
+            await _answer(self.store.settle(lease, used, lease.at))
+        except BaseException:
+            self._unsettled.appendleft((lease, used))
+            raise
+
+    async def _charge(self, clock: Clock) -> int:
+        """A charge counts as often as it is made: it is taken off the list before."""
+        (key, face), owed = self._owed.popitem(last=False)
+        amounts = owed.due(self.algorithm, clock.time())
+        if not any(amounts):
+            return 0
+        try:
+            await _answer(self.store.charge(key, face.plan, amounts, clock.time()))
+        except StoreUnavailableError as lost:
+            if lost.unsent:
+                self.owe(face, key, amounts, clock.time())
+            raise
+        return 1
 
 
 async def _answer(answer: Any) -> Any:

@@ -56,13 +56,19 @@ import structlog
 from anyio import move_on_after
 from pydantic import Field, field_validator, model_validator
 
-from sigil_policy.core.catalogue import BUDGET_EXCEEDED, BUDGET_TOO_SMALL, LIMITS_UNAVAILABLE, RATE_EXCEEDED
+from sigil_policy.core.catalogue import (
+    BUDGET_EXCEEDED,
+    BUDGET_TOO_SMALL,
+    LIMITS_UNAVAILABLE,
+    RATE_EXCEEDED,
+    SEMANTICS_FAILED,
+)
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage
 from sigil_policy.core.policy import Answer, Closable, EndOfStream, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
-from sigil_policy.identity.callers import Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
+from sigil_policy.identity.callers import LONG, Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
 from sigil_policy.policies.rate_limit.fields import FIELDS, Face, merge, whole_seconds
 from sigil_policy.policies.rate_limit.loss import Fallback, OnStoreLoss
 from sigil_policy.policies.rate_limit.tiers import GUIDELINE_TIERS, LARGEST, Level, Tier, plain_name, tier
@@ -211,6 +217,7 @@ class RateLimit(Policy):
             )
         if len({level.name for level in self.levels}) < len(self.levels):
             raise ValueError("two levels have the same name; it tells their windows apart in headers")
+        self._names_differ()
         self._estimates_fit()
         for route in self.exempt:
             if route in self.costs or route in self.tokens:
@@ -246,6 +253,18 @@ class RateLimit(Policy):
             object.__setattr__(self, "reads", ())
         return self
 
+    def _names_differ(self) -> None:
+        own_names = {window.name for row in cast("Mapping[str, Tier]", self.tiers).values() for window in row.windows}
+        taken = dict.fromkeys(own_names, "a tier")
+        for level in self.levels:
+            mine = {f"{level.name}-{window.name}" for row in level.rows.values() for window in row.windows}
+            for name in mine & taken.keys():
+                raise ValueError(
+                    f"level {level.name!r} has a window {name!r}, and so has {taken[name]}: headers tell windows "
+                    "apart by these names; call the level something else"
+                )
+            taken |= dict.fromkeys(mine, f"level {level.name!r}")
+
     def _estimates_fit(self) -> None:
         if self.tokens and not self._budgeted:
             raise ValueError("tokens has rules, but no tier has a token budget; write Tier(requests=..., tokens=...)")
@@ -253,7 +272,7 @@ class RateLimit(Policy):
         for route, rule in self.tokens.items():
             estimate = rule.estimate if isinstance(rule, TokenRule) else rule
             if isinstance(estimate, int | TokenUsage) and faces:
-                usage = as_usage(estimate, route)
+                usage = as_usage(estimate)
                 if all(_too_large(face, face.amounts(usage)) is not None for face in faces):
                     most = max(window.limit for face in faces for window, _ in face.budgets)
                     raise ValueError(
@@ -380,7 +399,7 @@ class RateLimit(Policy):
             name = self._address(ex)
         elif self._own_key:
             name = own(name)
-        elif len(name) > 256:
+        elif len(name) > LONG:
             name = bounded(name)
         if self.name is not None:
             name = f"{self.name} {name}"
@@ -401,9 +420,16 @@ class RateLimit(Policy):
         estimate: Any = rule.tokens.estimate
         if callable(estimate):
             estimate = estimate(ex)
-            if estimate is not None and not isinstance(estimate, int | TokenUsage):
+            if isinstance(estimate, Awaitable):
                 return self._estimated_later(ex, face, key, rule, estimate)
-        return self._ask(ex, face, key, rule, as_usage(estimate, ex.path))
+        return self._estimated(ex, face, key, rule, estimate)
+
+    def _estimated(self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: Any) -> Answer | Awaitable[Answer]:
+        try:
+            usage = as_usage(estimate)
+        except ValueError:
+            return SEMANTICS_FAILED("The number of tokens that this request asks for is none.")
+        return self._ask(ex, face, key, rule, usage)
 
     def _ask(
         self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: TokenUsage | None
@@ -422,7 +448,7 @@ class RateLimit(Policy):
     async def _estimated_later(
         self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: Awaitable[Estimated]
     ) -> Answer:
-        answer = self._ask(ex, face, key, rule, as_usage(await estimate, ex.path))
+        answer = self._estimated(ex, face, key, rule, await estimate)
         return answer if answer is None or isinstance(answer, Problem | Reply) else await answer
 
     async def _decided_later(
@@ -472,11 +498,16 @@ class RateLimit(Policy):
         if used is None and is_json(head):
             used = reported(ex, body, spending.rule)
         if used is None:
+            if spending.rule.count is not None and not spending.counted:
+                spending.add(body)
             return None
         spending.used = used
         settled = spending.face.store.settle(spending.lease, spending.face.amounts(used), ex.clock.time())
         if isinstance(settled, tuple):
             spending.left = settled
+            if spending.face.degraded:
+                face = spending.face
+                self._owe(ex, face, spending.lease.key, face.amounts(used), face.amounts(spending.estimate))
             return None
         return _settled_later(spending, settled)
 
@@ -498,7 +529,7 @@ class RateLimit(Policy):
 
     def wants_chunks(self, ex: Exchange, head: Head) -> bool:
         note = ex.note(self)
-        return note is not None and note[2] is not None and note[2].events is not None
+        return note is not None and note[2] is not None and note[2].counts
 
     def on_chunk(self, ex: Exchange, chunk: bytes) -> Awaitable[EndOfStream | None] | None:
         spending: Spending = ex.note(self)[2]
@@ -529,9 +560,9 @@ class RateLimit(Policy):
             spending.overdrawn = True
             if self.on_store_loss == "closed":
                 problem = _unavailable(lost.retry_after)
-        if problem is None or spending.rule.overrun == "overdraw" or spending.events is None:
+        if problem is None or spending.rule.overrun == "overdraw" or spending.ending is None:
             return None
-        return EndOfStream(last_words(spending.events, encode_json(ex.style.members(problem, ex))))
+        return EndOfStream(last_words(spending.ending, encode_json(ex.style.members(problem, ex))))
 
     def on_finish(self, ex: Exchange) -> Awaitable[None] | None:
         note = ex.note(self)
@@ -546,6 +577,8 @@ class RateLimit(Policy):
             lease, used = spending.lease, face.amounts(spending.final(ex))
             settled = face.store.settle(lease, used, now)
             if isinstance(settled, tuple):
+                if face.degraded:
+                    self._owe(ex, face, decision.key, used, face.amounts(spending.estimate))
                 return self._catch_up(ex)
             return self._settle(ex, settled, lambda: self._fallback.unsettled(lease, used))
         # Reported on a route without a rule, or after the settlement: what is used is used.
@@ -553,9 +586,12 @@ class RateLimit(Policy):
             before = None if spending is None else spending.used
             late = usage if before is None else TokenUsage(*(max(n - m, 0) for n, m in zip(usage, before, strict=True)))
             if any(late):
-                charged = face.store.charge(decision.key, face.plan, (0,) * face.split + face.amounts(late), now)
+                amounts = (0,) * face.split + face.amounts(late)
+                charged = face.store.charge(decision.key, face.plan, amounts, now)
                 if not isinstance(charged, tuple):
-                    return self._settle(ex, charged, lambda: None)
+                    return self._charge(ex, charged, face, decision.key, amounts)
+                if face.degraded:
+                    self._fallback.owe(face, decision.key, amounts, now)
         return self._catch_up(ex) if self._remote else None
 
     async def _settle(self, ex: Exchange, settled: Awaitable[Any], otherwise: Callable[[], None]) -> None:
@@ -573,8 +609,23 @@ class RateLimit(Policy):
             if reconciling is not None:
                 await reconciling
 
+    async def _charge(
+        self, ex: Exchange, charged: Awaitable[Any], face: Face, key: Any, amounts: tuple[int, ...]
+    ) -> None:
+        try:
+            await charged
+        except StoreUnavailableError as lost:
+            self._fallback.lost(lost, ex.clock)
+            if lost.unsent:
+                self._fallback.owe(face, key, amounts, ex.clock.time())
+
+    def _owe(self, ex: Exchange, face: Face, key: Any, used: tuple[int, ...], told: tuple[int, ...]) -> None:
+        """What a settlement without the store changes of what the store is to be told."""
+        change = tuple([n - m for n, m in zip(used, told, strict=True)])
+        self._fallback.owe(face, key, (0,) * face.split + change, ex.clock.time())
+
     def _catch_up(self, ex: Exchange) -> Awaitable[None] | None:
-        return self._fallback.reconcile() if self._remote and self._fallback.pending(ex.clock) else None
+        return self._fallback.reconcile(ex.clock) if self._remote and self._fallback.pending(ex.clock) else None
 
     # --- parts of it -----------------------------------------------------------------------------------------------
 
@@ -613,7 +664,7 @@ class RateLimit(Policy):
             if shared is None:
                 continue
             tier = level.tier(ex) if level.tier is not None else ex.principal.tier if ex.principal else None
-            row = tier if tier in plans else next(iter(plans))
+            row = tier if isinstance(tier, str) and tier in plans else next(iter(plans))
             rows.append((level.name, plans[row]))
             # No caller's name begins like that: neither an address nor a principal nor a key of the application.
             keys.append(f"{prefix}@{level.name} {bounded(shared)}")

@@ -4,8 +4,11 @@
     TokenRule(estimate=by_max_tokens)    # def by_max_tokens(ex): ..., may be async and read `await ex.body(limit)`
     TokenRule(estimate=TokenUsage(input_tokens=900, output_tokens=600, total_tokens=1_500), overrun="overdraw")
 
-What is charged, the first that is known: what the application reported; what the response told; what was counted while
-it went out. Never nothing for something, never the whole estimate blindly.
+What is charged: what the application reported, if the exchange came to its end; else the larger of what it had reported
+and what was counted while it went out. Without a report: what the response tells, else what was counted. Never nothing
+for something, never the whole estimate blindly. A stream's own events are the text of a model to a sceptic: by default
+they may only tell of more than was counted. What was compressed inside the stack cannot be counted by its events, nor
+ended.
 """
 
 import json
@@ -14,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from functools import cached_property
 from typing import Any, Literal
 
+import structlog
 from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 
@@ -29,10 +33,12 @@ Estimate = Callable[[Exchange], Estimated | Awaitable[Estimated]]
 
 USAGE_PATHS = ("metadata.tokens_used.total_tokens", "usage.total_tokens")
 
+logger = structlog.get_logger("sigil_policy")
+
 _TAIL = 8_192
 _BYTES_PER_TOKEN = 4  # of text, as providers estimate it
 _LEAST_STEP = 64
-_EVENTS = re.compile(rb"(?:\A|(?<=[\r\n]))data:(?! ?\[DONE\])")
+_LINES = (b"application/x-ndjson", b"application/jsonl", b"application/json-seq")
 
 
 @dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -47,8 +53,9 @@ class TokenRule:
             their own, or a function from the exchange to either, which may be async. None (default, also as an
             answer): none are reserved, and requests are refused once nothing remains.
         usage: where a JSON response, or an event of a stream of server-sent events, tells what was used, as paths of
-            member names (default: "metadata.tokens_used.total_tokens", "usage.total_tokens"). Asked only when the
-            application did not `report_tokens`.
+            member names (default None: "metadata.tokens_used.total_tokens" and "usage.total_tokens"; what the events of
+            a stream tell there then counts only as far as it is more than was counted). Asked only when the application
+            did not `report_tokens`.
         count: output tokens in a part of a response body, from its bytes to a number (default None: each event of a
             stream of server-sent events, and each line of one of JSON lines, is one token, and 4 bytes of any other
             body are). Used while nothing better is known, and charged when nothing is in the end.
@@ -58,7 +65,7 @@ class TokenRule:
     """
 
     estimate: int | TokenUsage | Estimate | None = None
-    usage: Listed[str] = USAGE_PATHS
+    usage: Listed[str] | None = None
     count: Callable[[bytes], int] | None = None
     overrun: Literal["end", "overdraw"] = "end"
 
@@ -72,14 +79,17 @@ class TokenRule:
 
     @cached_property
     def paths(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(path.split(".")) for path in self.usage)
+        return tuple(tuple(path.split(".")) for path in (USAGE_PATHS if self.usage is None else self.usage))
 
 
-def as_usage(estimate: Estimated, path: str) -> TokenUsage:
-    """An estimate as the parts it speaks of. Raises `ValueError` for what is negative."""
-    usage = estimate if isinstance(estimate, TokenUsage) else TokenUsage(0, 0, estimate or 0)
-    if min(usage) < 0:
-        raise ValueError(f"the estimate for {path} is {tuple(usage)} tokens; it must be 0 or more, or None")
+def as_usage(estimate: Any) -> TokenUsage:
+    """An estimate as the parts it speaks of. Raises `ValueError` for what is no number of tokens.
+
+    A function of the application may have read it from the request: not even a NaN may come near a counter.
+    """
+    usage = estimate if isinstance(estimate, TokenUsage) else TokenUsage(0, 0, 0 if estimate is None else estimate)
+    if not all(type(number) is int and 0 <= number <= LARGEST for number in usage):
+        raise ValueError(f"an estimate is a number of tokens from 0 to {LARGEST}")
     if usage.total_tokens < usage.input_tokens + usage.output_tokens:
         return usage._replace(total_tokens=usage.input_tokens + usage.output_tokens)
     return usage
@@ -88,11 +98,25 @@ def as_usage(estimate: Estimated, path: str) -> TokenUsage:
 class Spending:
     """The tokens of one exchange: `used` as far as it was told, `left` of the budget once it is settled.
 
-    `events` says that the response is a stream whose parts are counted, and that can be ended; `overdrawn` that the
-    budget was asked for more and has none.
+    `counts` says that the parts of the response are counted as they go out, `ending` what would end it cleanly before
+    the problem (None: nothing), and `overdrawn` that the budget was asked for more and has none.
     """
 
-    __slots__ = ("counted", "estimate", "events", "face", "lease", "left", "overdrawn", "rule", "step", "tail", "used")
+    __slots__ = (
+        "counted",
+        "counting",
+        "counts",
+        "ending",
+        "estimate",
+        "face",
+        "lease",
+        "left",
+        "overdrawn",
+        "rule",
+        "step",
+        "tail",
+        "used",
+    )  # fmt: skip
 
     def __init__(self, lease: Lease, face: Face, rule: TokenRule, estimate: TokenUsage) -> None:
         self.lease = lease
@@ -101,39 +125,59 @@ class Spending:
         self.estimate = estimate
         self.used: TokenUsage | None = None
         self.left: tuple[int, ...] | None = None
-        self.events: re.Pattern[bytes] | None = None
-        self.tail = bytearray()
+        self.counting = rule.count
+        self.counts = False
+        self.ending: bytes | None = None
+        # What went out last, behind the line feed that a first line has not.
+        self.tail = bytearray(b"\n")
         self.counted = 0
         self.overdrawn = False
         self.step = max(estimate.total_tokens // 2, _LEAST_STEP)
 
     def watch(self, head: Head) -> None:
-        """Look at the head of a response: is it a stream that is counted while it goes out?"""
-        if head.get(b"content-encoding") is not None:
-            return
+        """Look at the head of a response: is it counted while it goes out, and can it be ended?"""
         media_type = (head.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-        if media_type == b"text/event-stream":
-            self.events = _EVENTS
-        elif media_type in (b"application/x-ndjson", b"application/jsonl", b"application/json-seq"):
-            self.events = _LINES
+        if head.get(b"content-encoding") is None:
+            if media_type == b"text/event-stream":
+                self.ending = b"event: error\ndata: "
+            elif media_type in _LINES:
+                self.ending = b""
+        self.counts = self.counting is not None or self.ending is not None
 
     def add(self, chunk: bytes) -> None:
-        """Count a part of the stream that goes out now."""
-        events, count = self.events, self.rule.count
-        if events is None:
-            return
-        self.counted += len(events.findall(chunk)) if count is None else max(count(chunk), 0)
+        """Count a part of the response that goes out now."""
+        self.counted += self._count(chunk)
         self.tail += chunk
         if len(self.tail) > 2 * _TAIL:
             del self.tail[:-_TAIL]
 
+    def _count(self, chunk: bytes) -> int:
+        if self.counting is not None:
+            # The stream has begun, and somebody pays for it: where the function fails, go on by what is always known.
+            try:
+                count = self.counting(chunk)
+            except Exception:
+                logger.exception("rate_limit_count_failed")
+            else:
+                if type(count) is int and 0 <= count <= LARGEST:
+                    return count
+                logger.error("rate_limit_count_is_no_number", kind=type(count).__name__)
+            self.counting = None
+        if self.ending is None:
+            return -(-len(chunk) // _BYTES_PER_TOKEN)
+        if not self.ending:
+            return chunk.count(b"\n")
+        # Names may be cut in two wherever a proxy likes: look from before the cut.
+        text = bytes(self.tail[-5:]) + chunk
+        done = (bytes(self.tail[-12:]) + chunk).count(b"\ndata: [DONE]")
+        return text.count(b"\ndata:") + text.count(b"\rdata:") - done
+
     def known(self, ex: Exchange) -> TokenUsage:
-        """What the exchange has used so far, by the best source there is."""
-        told = ex.get(TokenUsage)
-        if told is not None:
-            return told
-        spent = self.estimate.input_tokens
-        return TokenUsage(spent, self.counted, spent + self.counted)
+        """What the exchange has used so far: at least what was reported, at least what was counted."""
+        told = ex.get(TokenUsage) or self.used or TokenUsage()
+        spent = max(told.input_tokens, self.estimate.input_tokens) if told.total_tokens else self.estimate.input_tokens
+        output = max(told.total_tokens - told.input_tokens, told.output_tokens, self.counted)
+        return TokenUsage(spent, output, max(told.total_tokens, spent + output))
 
     def missing(self, usage: TokenUsage) -> tuple[int, ...] | None:
         """What the reservation lacks of `usage`; None if it covers it."""
@@ -142,21 +186,19 @@ class Spending:
 
     def final(self, ex: Exchange) -> TokenUsage:
         """What is charged when the exchange is over."""
-        usage = ex.get(TokenUsage) or self.used
-        if usage is None and self.tail:
-            usage = last_event(ex, self.tail, self.rule)
-        if usage is not None:
-            return usage
+        told = ex.get(TokenUsage) or self.used
+        if told is not None:
+            return told if ex.outcome == "ok" or not self.counted else self.known(ex)
+        if len(self.tail) > 1:
+            told = last_event(ex, self.tail, self.rule)
+            if told is not None:
+                return told if self.rule.usage is not None else self.known(ex)
         if not _produced(ex):
             return TokenUsage()
-        if self.events is None and not self.counted:
+        if not self.counted and not self.counts:
             self.counted = -(-ex.sent_bytes // _BYTES_PER_TOKEN)
-        spent = self.estimate.input_tokens
-        counted = max(self.counted, 1)
-        return TokenUsage(spent, counted, spent + counted)
-
-
-_LINES = re.compile(rb"\n")
+        self.counted = max(self.counted, 1)
+        return self.known(ex)
 
 
 def _produced(ex: Exchange) -> bool:
@@ -165,11 +207,9 @@ def _produced(ex: Exchange) -> bool:
     return status is not None and (status == 101 or (200 <= status < 300 and ex.sent_bytes > 0))
 
 
-def last_words(head_events: re.Pattern[bytes], problem: bytes) -> bytes:
+def last_words(ending: bytes, problem: bytes) -> bytes:
     """What ends a stream: its last event, or its last line, is the problem."""
-    if head_events is _EVENTS:
-        return b"event: error\ndata: " + problem + b"\n\n"
-    return problem + b"\n"
+    return ending + problem + (b"\n\n" if ending else b"\n")
 
 
 def is_json(head: Head) -> bool:

@@ -24,7 +24,7 @@ class Remote:
     async def _reach(self, what: str) -> None:
         await anyio.lowlevel.checkpoint()
         if self.away:
-            raise StoreUnavailableError("away", 2.5)
+            raise StoreUnavailableError("away", 2.5, unsent=True)
         self.calls.append(what)
 
     def prepare(self, plan: Plan) -> None:
