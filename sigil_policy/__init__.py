@@ -52,7 +52,10 @@ if TYPE_CHECKING:
     from sigil_policy.middleware import CacheControlMiddleware as CacheControlMiddleware
     from sigil_policy.middleware import ConcurrencyLimitMiddleware as ConcurrencyLimitMiddleware
     from sigil_policy.middleware import ConditionalMiddleware as ConditionalMiddleware
+    from sigil_policy.middleware import McpEndpointMiddleware as McpEndpointMiddleware
+    from sigil_policy.middleware import McpToolsMiddleware as McpToolsMiddleware
     from sigil_policy.middleware import ProblemsMiddleware as ProblemsMiddleware
+    from sigil_policy.middleware import ProtectedResourceMetadataMiddleware as ProtectedResourceMetadataMiddleware
     from sigil_policy.middleware import RateLimitMiddleware as RateLimitMiddleware
     from sigil_policy.middleware import RequestIDMiddleware as RequestIDMiddleware
     from sigil_policy.middleware import ScopesMiddleware as ScopesMiddleware
@@ -66,7 +69,12 @@ if TYPE_CHECKING:
     from sigil_policy.policies.cache_control import CacheRule as CacheRule
     from sigil_policy.policies.concurrency import ConcurrencyLimit as ConcurrencyLimit
     from sigil_policy.policies.conditional import Conditional as Conditional
+    from sigil_policy.policies.mcp import McpCall as McpCall
+    from sigil_policy.policies.mcp import McpEndpoint as McpEndpoint
+    from sigil_policy.policies.mcp import McpTools as McpTools
     from sigil_policy.policies.problems import Problems as Problems
+    from sigil_policy.policies.protected_resource import ProtectedResource as ProtectedResource
+    from sigil_policy.policies.protected_resource import ProtectedResourceMetadata as ProtectedResourceMetadata
     from sigil_policy.policies.rate_limit import Level as Level
     from sigil_policy.policies.rate_limit import RateLimit as RateLimit
     from sigil_policy.policies.rate_limit import Tier as Tier
@@ -113,7 +121,10 @@ _HOMES = {
         "CacheControlMiddleware",
         "ConcurrencyLimitMiddleware",
         "ConditionalMiddleware",
+        "McpEndpointMiddleware",
+        "McpToolsMiddleware",
         "ProblemsMiddleware",
+        "ProtectedResourceMetadataMiddleware",
         "RateLimitMiddleware",
         "RequestIDMiddleware",
         "ScopesMiddleware",
@@ -125,7 +136,9 @@ _HOMES = {
     "policies.bearer": ("BearerAuth",),
     "policies.cache_control": ("CacheControl", "CacheRule"),
     "policies.conditional": ("Conditional",),
+    "policies.mcp": ("McpCall", "McpEndpoint", "McpTools"),
     "policies.problems": ("Problems",),
+    "policies.protected_resource": ("ProtectedResource", "ProtectedResourceMetadata"),
     "policies.concurrency": ("ConcurrencyLimit",),
     "policies.rate_limit": ("Level", "RateLimit", "Tier", "TokenRule"),
     "policies.request_id": ("RequestID",),

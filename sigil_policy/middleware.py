@@ -18,7 +18,9 @@ from sigil_policy.policies.bearer import BearerAuth
 from sigil_policy.policies.cache_control import CacheControl
 from sigil_policy.policies.concurrency import ConcurrencyLimit
 from sigil_policy.policies.conditional import Conditional
+from sigil_policy.policies.mcp import McpEndpoint, McpTools
 from sigil_policy.policies.problems import Problems
+from sigil_policy.policies.protected_resource import ProtectedResourceMetadata
 from sigil_policy.policies.rate_limit import RateLimit
 from sigil_policy.policies.request_id import RequestID
 from sigil_policy.policies.scopes import Scopes
@@ -50,7 +52,10 @@ BearerAuthMiddleware = as_middleware(BearerAuth)
 CacheControlMiddleware = as_middleware(CacheControl)
 ConcurrencyLimitMiddleware = as_middleware(ConcurrencyLimit)
 ConditionalMiddleware = as_middleware(Conditional)
+McpEndpointMiddleware = as_middleware(McpEndpoint)
+McpToolsMiddleware = as_middleware(McpTools)
 ProblemsMiddleware = as_middleware(Problems)
+ProtectedResourceMetadataMiddleware = as_middleware(ProtectedResourceMetadata)
 RateLimitMiddleware = as_middleware(RateLimit)
 RequestIDMiddleware = as_middleware(RequestID)
 ScopesMiddleware = as_middleware(Scopes)

@@ -387,7 +387,7 @@ class _Pass:
                 message = {**message, "status": head.status, "headers": head.headers}
             self.left = 0
             if self.outermost:
-                ex.status = message["status"]
+                ex.status = int(message["status"])
                 ex.first_byte = ex.clock.monotonic()
             try:
                 await self.send(message)
@@ -531,7 +531,7 @@ class _Pass:
         """Note what is handed to the server."""
         ex = self.ex
         if kind in _STARTS:
-            ex.status = message.get("status", 101)
+            ex.status = int(message.get("status", 101))
             ex.first_byte = ex.clock.monotonic()
         elif kind == "websocket.close" and ex.status is None:
             ex.status = 403  # what a server answers when a WebSocket is closed before it was accepted

@@ -5,10 +5,12 @@ answers with them, so that every way to authenticate is named: one `WWW-Authenti
 (RFC 9110 sections 11.3 and 11.6.1).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.wire.authorization import challenge
+from sigil_policy.wire.challenges import with_parameter
 
 HeaderLines = tuple[tuple[bytes, bytes], ...]
 
@@ -22,6 +24,23 @@ class Challenges(NamedTuple):
 def challenge_line(scheme: str, realm: str, error: str | None = None) -> tuple[bytes, bytes]:
     """One `WWW-Authenticate` line, ready to be sent."""
     return (b"www-authenticate", challenge(scheme, realm=realm, error=error))
+
+
+def asking_for(lines: HeaderLines, scopes: Iterable[str]) -> HeaderLines:
+    """`lines` whose `Bearer` challenges say which scopes the request takes (RFC 6750 section 3)."""
+    scope = " ".join(scopes)
+    return tuple((name, with_parameter(line, "scope", scope, scheme="Bearer")) for name, line in lines)
+
+
+def naming_metadata(lines: Iterable[tuple[bytes, bytes]], url: str) -> list[tuple[bytes, bytes]]:
+    """Header lines in which every challenge, of any scheme, says where the resource's metadata is.
+
+    A challenge that says so already is left as it is. RFC 9728 section 5.1.
+    """
+    return [
+        (name, with_parameter(value, "resource_metadata", url) if name == b"www-authenticate" else value)
+        for name, value in lines
+    ]
 
 
 def offer(ex: Exchange, lines: HeaderLines) -> Challenges:
