@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sigil_policy.identity.keys import Key as Key
     from sigil_policy.middleware import AccessLogMiddleware as AccessLogMiddleware
     from sigil_policy.middleware import ApiKeyAuthMiddleware as ApiKeyAuthMiddleware
+    from sigil_policy.middleware import AuthFailureLimitMiddleware as AuthFailureLimitMiddleware
     from sigil_policy.middleware import BearerAuthMiddleware as BearerAuthMiddleware
     from sigil_policy.middleware import CacheControlMiddleware as CacheControlMiddleware
     from sigil_policy.middleware import ConcurrencyLimitMiddleware as ConcurrencyLimitMiddleware
@@ -58,12 +59,14 @@ if TYPE_CHECKING:
     from sigil_policy.middleware import ProtectedResourceMetadataMiddleware as ProtectedResourceMetadataMiddleware
     from sigil_policy.middleware import RateLimitMiddleware as RateLimitMiddleware
     from sigil_policy.middleware import RequestIDMiddleware as RequestIDMiddleware
+    from sigil_policy.middleware import RevocationMiddleware as RevocationMiddleware
     from sigil_policy.middleware import ScopesMiddleware as ScopesMiddleware
     from sigil_policy.middleware import VersioningMiddleware as VersioningMiddleware
     from sigil_policy.middleware import as_middleware as as_middleware
     from sigil_policy.policies.access_log import AccessLog as AccessLog
     from sigil_policy.policies.access_log import by_outcome as by_outcome
     from sigil_policy.policies.api_key import ApiKeyAuth as ApiKeyAuth
+    from sigil_policy.policies.auth_failures import AuthFailureLimit as AuthFailureLimit
     from sigil_policy.policies.bearer import BearerAuth as BearerAuth
     from sigil_policy.policies.cache_control import CacheControl as CacheControl
     from sigil_policy.policies.cache_control import CacheRule as CacheRule
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from sigil_policy.policies.rate_limit import Tier as Tier
     from sigil_policy.policies.rate_limit import TokenRule as TokenRule
     from sigil_policy.policies.request_id import RequestID as RequestID
+    from sigil_policy.policies.revocation import Revocation as Revocation
     from sigil_policy.policies.scopes import AllOf as AllOf
     from sigil_policy.policies.scopes import AnyOf as AnyOf
     from sigil_policy.policies.scopes import Scopes as Scopes
@@ -91,7 +95,9 @@ if TYPE_CHECKING:
     from sigil_policy.stores.limits import StoreUnavailableError as StoreUnavailableError
     from sigil_policy.stores.memory import memory_limits as memory_limits
     from sigil_policy.stores.redis import RedisLimits as RedisLimits
+    from sigil_policy.stores.redis import RedisRevocations as RedisRevocations
     from sigil_policy.stores.redis import RedisSlots as RedisSlots
+    from sigil_policy.stores.revocations import MemoryRevocations as MemoryRevocations
     from sigil_policy.stores.shares import QuotaShares as QuotaShares
     from sigil_policy.stores.slots import SlotStore as SlotStore
     from sigil_policy.telemetry.logs import CorrelationFilter as CorrelationFilter
@@ -117,6 +123,7 @@ _HOMES = {
     "middleware": (
         "AccessLogMiddleware",
         "ApiKeyAuthMiddleware",
+        "AuthFailureLimitMiddleware",
         "BearerAuthMiddleware",
         "CacheControlMiddleware",
         "ConcurrencyLimitMiddleware",
@@ -127,11 +134,13 @@ _HOMES = {
         "ProtectedResourceMetadataMiddleware",
         "RateLimitMiddleware",
         "RequestIDMiddleware",
+        "RevocationMiddleware",
         "ScopesMiddleware",
         "VersioningMiddleware",
         "as_middleware",
     ),
     "policies.access_log": ("AccessLog", "by_outcome"),
+    "policies.auth_failures": ("AuthFailureLimit",),
     "policies.api_key": ("ApiKeyAuth",),
     "policies.bearer": ("BearerAuth",),
     "policies.cache_control": ("CacheControl", "CacheRule"),
@@ -142,12 +151,14 @@ _HOMES = {
     "policies.concurrency": ("ConcurrencyLimit",),
     "policies.rate_limit": ("Level", "RateLimit", "Tier", "TokenRule"),
     "policies.request_id": ("RequestID",),
+    "policies.revocation": ("Revocation",),
     "policies.scopes": ("AllOf", "AnyOf", "Scopes"),
     "policies.versioning": ("Deprecation", "Version", "Versioning"),
     "stores.adapter": ("LimitsStorage",),
     "stores.limits": ("LimitStore", "StoreUnavailableError"),
     "stores.memory": ("memory_limits",),
-    "stores.redis": ("RedisLimits", "RedisSlots"),
+    "stores.redis": ("RedisLimits", "RedisRevocations", "RedisSlots"),
+    "stores.revocations": ("MemoryRevocations",),
     "stores.shares": ("QuotaShares",),
     "stores.slots": ("SlotStore",),
     "telemetry.logs": ("CorrelationFilter", "JSONLines", "add_correlation"),

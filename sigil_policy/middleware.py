@@ -14,6 +14,7 @@ from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import App, PolicyStack
 from sigil_policy.policies.access_log import AccessLog
 from sigil_policy.policies.api_key import ApiKeyAuth
+from sigil_policy.policies.auth_failures import AuthFailureLimit
 from sigil_policy.policies.bearer import BearerAuth
 from sigil_policy.policies.cache_control import CacheControl
 from sigil_policy.policies.concurrency import ConcurrencyLimit
@@ -23,6 +24,7 @@ from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.protected_resource import ProtectedResourceMetadata
 from sigil_policy.policies.rate_limit import RateLimit
 from sigil_policy.policies.request_id import RequestID
+from sigil_policy.policies.revocation import Revocation
 from sigil_policy.policies.scopes import Scopes
 from sigil_policy.policies.versioning import Versioning
 
@@ -48,6 +50,7 @@ def as_middleware(policy: Callable[Options, Policy]) -> Callable[Concatenate[App
 
 AccessLogMiddleware = as_middleware(AccessLog)
 ApiKeyAuthMiddleware = as_middleware(ApiKeyAuth)
+AuthFailureLimitMiddleware = as_middleware(AuthFailureLimit)
 BearerAuthMiddleware = as_middleware(BearerAuth)
 CacheControlMiddleware = as_middleware(CacheControl)
 ConcurrencyLimitMiddleware = as_middleware(ConcurrencyLimit)
@@ -58,5 +61,6 @@ ProblemsMiddleware = as_middleware(Problems)
 ProtectedResourceMetadataMiddleware = as_middleware(ProtectedResourceMetadata)
 RateLimitMiddleware = as_middleware(RateLimit)
 RequestIDMiddleware = as_middleware(RequestID)
+RevocationMiddleware = as_middleware(Revocation)
 ScopesMiddleware = as_middleware(Scopes)
 VersioningMiddleware = as_middleware(Versioning)

@@ -79,7 +79,7 @@ def test_the_readme_names_every_policy() -> None:
         if inspect.isclass(getattr(sigil_policy, name)) and f"{name}Middleware" in sigil_policy.__all__
     }
     assert policies == set(re.findall(r"^\| `(\w+)` \| ", README, re.MULTILINE)) & policies
-    assert len(policies) == 14
+    assert len(policies) == 16
 
 
 def test_project_files_name_no_machine() -> None:

@@ -33,6 +33,10 @@ CREDENTIALS_IN_QUERY = library_type(
     "AUTH_007", "CredentialsInQueryError", 400,
     "Send the credential in a header; query strings end up in logs", "Treat the exposed credential as leaked",
 )  # fmt: skip
+KEYS_UNAVAILABLE = library_type(
+    "AUTH_008", "KeysUnavailableError", 503,
+    "Wait for the number of seconds in Retry-After, then try again with the same token",
+)  # fmt: skip
 RATE_EXCEEDED = library_type(
     "RATE_001", "RateLimitExceededError", 429,
     "Wait for the number of seconds in Retry-After", "Spread requests evenly, or ask for a higher tier",
@@ -44,6 +48,10 @@ CONCURRENCY_EXCEEDED = library_type(
 LIMITS_UNAVAILABLE = library_type(
     "RATE_003", "LimitsUnavailableError", 503,
     "Wait for the number of seconds in Retry-After, then try again",
+)  # fmt: skip
+AUTH_FAILURES_EXCEEDED = library_type(
+    "RATE_004", "AuthenticationFailuresExceededError", 429,
+    "Wait for the number of seconds in Retry-After", "Check the credential before you send it again",
 )  # fmt: skip
 BUDGET_EXCEEDED = library_type(
     "CTX_003", "TokenBudgetExceededError", 429,

@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from sigil_policy.stores.limits import LimitStore
+from sigil_policy.stores.revocations import RevocationStore
 from sigil_policy.stores.slots import SlotStore
 
 if TYPE_CHECKING:
     from sigil_policy.stores.adapter import LimitsStorage
-    from sigil_policy.stores.redis import RedisLimits, RedisLink, RedisSlots
+    from sigil_policy.stores.redis import RedisLimits, RedisLink, RedisRevocations, RedisSlots
 
 _LOCK = Lock()
 _LINKS: "WeakValueDictionary[str, RedisLink]" = WeakValueDictionary()
 _LIMITS: "WeakValueDictionary[str, RedisLimits | LimitsStorage]" = WeakValueDictionary()
 _SLOTS: "WeakValueDictionary[str, RedisSlots]" = WeakValueDictionary()
+_REVOCATIONS: "WeakValueDictionary[str, RedisRevocations]" = WeakValueDictionary()
 _ADAPTED = "limits+"
 
 
@@ -57,6 +59,17 @@ def slot_store(url: str) -> SlotStore:
             from sigil_policy.stores.redis import RedisSlots
 
             store = _SLOTS[url] = RedisSlots(_link(url))
+        return store
+
+
+def revocation_store(url: str) -> RevocationStore:
+    """The store of revocations at `url`, over the same connection as the limits there."""
+    with _LOCK:
+        store = _REVOCATIONS.get(url)
+        if store is None:
+            from sigil_policy.stores.redis import RedisRevocations
+
+            store = _REVOCATIONS[url] = RedisRevocations(_link(url))
         return store
 
 

@@ -1,4 +1,4 @@
-"""Limits and slots in a Redis or Valkey server, over one connection for each event loop.
+"""Limits, slots and revocations in a Redis or Valkey server, over one connection for each event loop.
 
     link = RedisLink("redis://limits.internal:6379/0")
     limits, slots = RedisLimits(link), RedisSlots(link)
@@ -8,6 +8,7 @@ It needs the extra `redis`, and asyncio.
 
 from sigil_policy.stores.redis.limits import RedisLimits
 from sigil_policy.stores.redis.link import RedisLink
+from sigil_policy.stores.redis.revocations import RedisRevocations
 from sigil_policy.stores.redis.slots import RedisSlots
 
-__all__ = ["RedisLimits", "RedisLink", "RedisSlots"]
+__all__ = ["RedisLimits", "RedisLink", "RedisRevocations", "RedisSlots"]
