@@ -1,13 +1,18 @@
-"""What authentication costs: a token that is remembered, one that is new, an API key, and a forged flood of bytes."""
+"""What authentication costs: a token that is remembered, one that is new, an API key, a forged flood of bytes, and the
+event loop's longest wait while a key set is fetched anew."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from itertools import cycle
+from statistics import median
 from typing import Any
 
+import httpx2
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from jwt.algorithms import RSAAlgorithm
 from pydantic import SecretStr
 
 from benchmarks.timing import Block, calls, measure, rounds_for, scopes
@@ -17,10 +22,12 @@ from sigil_policy.core.host import PLAIN
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem
 from sigil_policy.identity.api_keys import MemoryApiKeyStore, new_key
 from sigil_policy.identity.issuers import Issuer
+from sigil_policy.identity.key_sets import FetchedKeys, KeySet
 from sigil_policy.identity.keys import Key
 from sigil_policy.identity.tokens import TokenVerifier
 from sigil_policy.policies.api_key import ApiKeyAuth
 from sigil_policy.policies.bearer import BearerAuth
+from sigil_policy.testing import FrozenClock
 
 ISSUER, AUDIENCE = "https://auth.example.com", "sigil-api"
 SECRET = "benchmark-" * 4
@@ -33,7 +40,8 @@ def run(smoke: bool = False) -> dict[str, Any]:
     """Keys: `cached_us` (a token verified before, thousand callers), `api_key_us`, `forged_80k_us` (refused, the
     problem included), `exchange_us` (what the exchange itself costs: not part of the others), and in `verify_us` and
     `pyjwt_us` a new token by algorithm, here and with PyJWT alone given a prepared key; `verify_to_pyjwt` is their
-    ratio."""
+    ratio. `refresh_stall_ms`: the longest that a refresh of 64 RSA keys, all of them new, keeps the event loop from
+    others; the median of many, without a network."""
     signers = _signers()
     blocks: dict[str, Block] = {"exchange": calls(_exchange, _headers([[(b"host", b"a")]]))}
     blocks["cached"] = _asked(_bearer(), [_bearer_header(token) for token in _tokens(SECRET, "HS256", CALLERS)])
@@ -56,6 +64,7 @@ def run(smoke: bool = False) -> dict[str, Any]:
         "verify_to_pyjwt": {
             algorithm: samples.ratio(f"verify {algorithm}", to=f"PyJWT {algorithm}") for algorithm in signers
         },
+        "refresh_stall_ms": 1_000 * median(asyncio.run(_stalls(3 if smoke else 60))),
     }
 
 
@@ -150,3 +159,44 @@ def _decoded(key: Any, algorithm: str, tokens: list[str]) -> Block:
         return jwt.decode(token, key, [algorithm], audience=AUDIENCE, issuer=ISSUER)
 
     return calls(decode, lambda: [next(turns) for _ in range(120)])
+
+
+async def _stalls(rounds: int) -> list[float]:
+    """For each refresh, the seconds of the longest turn of the event loop. They are its thread's own: nothing in a turn
+    waits, and what else the machine does is none of the refresh's."""
+    jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65_537, 2_048).public_key(), as_dict=True)
+    fetches = 0
+
+    async def answer(_: httpx2.Request) -> httpx2.Response:
+        nonlocal fetches
+        fetches += 1
+        return published[fetches - 1]
+
+    published = [
+        httpx2.Response(200, json={"keys": [{**jwk, "alg": "RS256", "kid": f"{number}-{key}"} for key in range(64)]})
+        for number in range(rounds + 1)
+    ]
+    keys = KeySet(f"{ISSUER}/jwks.json", transport=httpx2.MockTransport(answer))
+    fetched = Issuer(url=ISSUER, audience=AUDIENCE, keys=keys).fetched
+    if fetched is None:
+        raise RuntimeError("an issuer with a KeySet fetches its keys")
+    clock = FrozenClock()
+    await fetched.obtain(clock)
+    stalls = []
+    for _ in range(rounds):
+        clock.advance(keys.lifetime)
+        stalls.append(await _longest_turn(fetched, clock))
+    if fetches != rounds + 1:
+        raise RuntimeError(f"{fetches} fetches for {rounds + 1} sets")
+    return stalls
+
+
+async def _longest_turn(fetched: FetchedKeys, clock: FrozenClock) -> float:
+    refresh = asyncio.create_task(fetched.obtain(clock))
+    longest, last = 0.0, time.thread_time()
+    while not refresh.done():
+        await asyncio.sleep(0)
+        now = time.thread_time()
+        longest, last = max(longest, now - last), now
+    await refresh
+    return longest

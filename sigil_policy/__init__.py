@@ -35,16 +35,25 @@ if TYPE_CHECKING:
     from sigil_policy.core.problems import Reply as Reply
     from sigil_policy.core.problems import registered_types as registered_types
     from sigil_policy.core.stack import PolicyStack as PolicyStack
+    from sigil_policy.identity.api_keys import ApiKeyLedger as ApiKeyLedger
     from sigil_policy.identity.api_keys import ApiKeyRecord as ApiKeyRecord
+    from sigil_policy.identity.api_keys import ApiKeys as ApiKeys
     from sigil_policy.identity.api_keys import ApiKeyStore as ApiKeyStore
     from sigil_policy.identity.api_keys import FileApiKeyStore as FileApiKeyStore
     from sigil_policy.identity.api_keys import MemoryApiKeyStore as MemoryApiKeyStore
+    from sigil_policy.identity.api_keys import RemoteApiKeyStore as RemoteApiKeyStore
+    from sigil_policy.identity.api_keys import TomlApiKeyStore as TomlApiKeyStore
+    from sigil_policy.identity.api_keys import key_store as key_store
     from sigil_policy.identity.api_keys import new_key as new_key
+    from sigil_policy.identity.api_keys.redis import RedisApiKeyStore as RedisApiKeyStore
+    from sigil_policy.identity.api_keys.sqlite import SqliteApiKeyStore as SqliteApiKeyStore
     from sigil_policy.identity.callers import by_address as by_address
     from sigil_policy.identity.callers import by_claim as by_claim
     from sigil_policy.identity.callers import by_principal as by_principal
     from sigil_policy.identity.callers import by_subject as by_subject
     from sigil_policy.identity.issuers import Issuer as Issuer
+    from sigil_policy.identity.key_sets import KeySet as KeySet
+    from sigil_policy.identity.key_sets import KeysUnavailableError as KeysUnavailableError
     from sigil_policy.identity.keys import Key as Key
     from sigil_policy.middleware import AccessLogMiddleware as AccessLogMiddleware
     from sigil_policy.middleware import ApiKeyAuthMiddleware as ApiKeyAuthMiddleware
@@ -116,9 +125,23 @@ _HOMES = {
     "core.policy": ("EndOfStream", "Policy"),
     "core.problems": ("Problem", "ProblemType", "Reply", "registered_types"),
     "core.stack": ("PolicyStack",),
-    "identity.api_keys": ("ApiKeyRecord", "ApiKeyStore", "FileApiKeyStore", "MemoryApiKeyStore", "new_key"),
+    "identity.api_keys": (
+        "ApiKeyLedger",
+        "ApiKeyRecord",
+        "ApiKeyStore",
+        "ApiKeys",
+        "FileApiKeyStore",
+        "MemoryApiKeyStore",
+        "RemoteApiKeyStore",
+        "TomlApiKeyStore",
+        "key_store",
+        "new_key",
+    ),
+    "identity.api_keys.redis": ("RedisApiKeyStore",),
+    "identity.api_keys.sqlite": ("SqliteApiKeyStore",),
     "identity.callers": ("by_address", "by_claim", "by_principal", "by_subject"),
     "identity.issuers": ("Issuer",),
+    "identity.key_sets": ("KeySet", "KeysUnavailableError"),
     "identity.keys": ("Key",),
     "middleware": (
         "AccessLogMiddleware",

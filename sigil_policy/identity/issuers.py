@@ -5,12 +5,13 @@
         audience="sigil-api",
         keys=[Key(algorithm="RS256", pem=public_key)],
     )
+    Issuer(url="https://login.example.com", audience="sigil-api", discovery=True)
 
 A key belongs to its issuer: it never verifies a token that names another one (RFC 8725 section 3.8). `url` and
 `audience` are compared exactly, without forgiving a trailing slash.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -20,12 +21,11 @@ from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.facts import Principal
 from sigil_policy.core.policy import Listed
-from sigil_policy.identity.fields import CONFIG, is_subject
-from sigil_policy.identity.keys import Key
+from sigil_policy.identity.fields import CONFIG, Scope, Subject, is_subject
+from sigil_policy.identity.key_sets import MAX_TRIALS, PUBLIC_ALGORITHMS, FetchedKeys, KeyRing, KeySet
+from sigil_policy.identity.keys import Algorithm, Key
+from sigil_policy.identity.provider import ProviderError, check_url
 from sigil_policy.wire.authorization import is_scope_token, split_scopes
-
-MAX_TRIALS = 8
-"""Keys that are tried for one token, at most: every trial costs the service, and the token is not yet trusted."""
 
 ClaimForm = Literal["string", "array"]
 Text = Annotated[str, Field(min_length=1, max_length=2_048)]
@@ -40,25 +40,47 @@ _LAST_SECOND = 253_402_300_799
 class Issuer:
     """One issuer of access tokens.
 
+        Issuer(url="https://auth.example.com", audience="api", discovery=True,
+               roles={"/realm_access/roles": {"editor": ["agents:read", "agents:write"]}},
+               client_tiers={"nightly-job": "internal"})
+
     Options:
         url: the exact `iss` of its tokens.
         audience: the `aud` that a token must be meant for; several: any of them. None: tokens must name no audience.
-        keys: its verification keys, at most 64. A key without id fits any `kid`.
+        keys: its verification keys, at most 64, or a `KeySet` to fetch. A key without id fits any `kid`.
+        jwks_url: where its key set is published: short for `keys=KeySet(jwks_url)`.
+        discovery: its metadata says where (OpenID Connect, RFC 8414): short for `keys=KeySet()`. Exactly one of
+            `keys`, `jwks_url` and `discovery`.
+        algorithms: which a token may be signed with (default None: those of its keys; of a fetched set RS, PS, ES and
+            EdDSA). A fetched RSA key that names none is used with the first RS or PS of these, else RS256.
         leeway: seconds by which the clocks may differ, 0 to 60 (default 5); counts for `exp`, `nbf` and `iat`.
         strict: only RFC 9068 access tokens: `typ` is `at+jwt`, and `client_id`, `iat` and `jti` are required too
             (default False: `typ` may also be absent or `JWT`).
         scope_claims: claims that hold scopes, and their form (default `{"scope": "string"}`: space-delimited). Name
             others here, for example `{"scp": "array"}`; the scopes of all of them count.
-        tier_claim: the claim that names the tier (default `"tier"`; None: tokens name no tier).
+        roles: by claim, the scopes that each of its values gives (default None: roles give nothing). The claim is a
+            string or an array of them; values that are not listed give nothing. A name that begins with `/` is a path
+            into nested claims (RFC 6901).
+        tier_claim: the claim that names the tier, or a path to it (default `"tier"`; None: tokens name no tier).
+        client_tiers: the tier by the client that a token was issued to, its `client_id` or else `azp` (default None).
+            A client that is listed has this tier, whatever the token says.
+        tier: a function of the verified claims (arrays are tuples) that names the tier or returns None. It decides
+            alone (default None). What it raises is an error of the application.
     """
 
     url: Text
     audience: Text | Listed[Text] | None
-    keys: Annotated[Listed[Key], Field(min_length=1, max_length=64)]
+    keys: KeySet | Annotated[Listed[Key], Field(min_length=1, max_length=64)] | None = None
+    jwks_url: Text | None = None
+    discovery: bool = False
+    algorithms: Annotated[Listed[Algorithm], Field(min_length=1)] | None = None
     leeway: Annotated[float, Field(ge=0, le=60)] = 5.0
     strict: bool = False
     scope_claims: Mapping[Text, ClaimForm] = field(default_factory=lambda: dict(_SCOPE))
+    roles: Mapping[Text, Mapping[str, Listed[Scope]]] | None = None
     tier_claim: Text | None = "tier"
+    client_tiers: Mapping[Text, Subject] | None = None
+    tier: Callable[[Mapping[str, Any]], str | None] | None = None
 
     @field_validator("url")
     @classmethod
@@ -73,34 +95,63 @@ class Issuer:
             raise ValueError("audience is empty: no token would fit; None means that tokens name no audience")
         if self.strict and self.audience is None:
             raise ValueError("strict tokens name an audience (RFC 9068 section 2.2): give audience=")
-        seen: set[tuple[str, str]] = set()
-        for key in self.keys:
-            for algorithm in key.accepts if key.id is not None else ():
-                if (algorithm, str(key.id)) in seen:
-                    raise ValueError(
-                        f"two {key.algorithm} keys have the id {key.id!r}; which one signed would be a guess"
-                    )
-                seen.add((algorithm, str(key.id)))
-        if any(sum(key.id is None for key in keys) >= MAX_TRIALS for keys in self._by_algorithm.values()):
+        if (self.keys is not None) + (self.jwks_url is not None) + self.discovery != 1:
+            raise ValueError("the keys of an issuer come from exactly one of keys=, jwks_url= and discovery=True")
+        if self.fetched is not None:
+            return self
+        ring = self._ring
+        for _, kid in ring.doubles():
+            raise ValueError(f"two keys of one algorithm have the id {kid!r}; which one signed would be a guess")
+        if ring.crowded:
             raise ValueError(f"{MAX_TRIALS} or more keys of one algorithm have no id; give each the kid of its tokens")
+        for key in ring.keys:
+            if self.algorithms is not None and key.accepts.isdisjoint(self.algorithms):
+                raise ValueError(f"a key is for {key.algorithm}, which algorithms= does not have")
         return self
 
     @cached_property
-    def _by_algorithm(self) -> dict[str, tuple[Key, ...]]:
-        found: dict[str, tuple[Key, ...]] = {}
-        for key in self.keys:
-            for algorithm in key.accepts:
-                found[algorithm] = (*found.get(algorithm, ()), key)
-        return found
+    def _ring(self) -> KeyRing:
+        return KeyRing(() if self.keys is None or isinstance(self.keys, KeySet) else self.keys)
+
+    @cached_property
+    def fetched(self) -> FetchedKeys | None:
+        """What is known of the keys that have to be fetched; None where all were configured."""
+        options = self.keys if isinstance(self.keys, KeySet) else None
+        if self.jwks_url is not None:
+            options = KeySet(self.jwks_url)
+        elif self.discovery:
+            options = KeySet()
+        if options is None:
+            return None
+        if options.url is None:
+            check_url(self.url, loopback=options.allow_insecure_loopback)
+            if "?" in self.url:
+                raise ValueError("discovery takes an issuer without query (RFC 8414 section 2); give jwks_url=")
+        algorithms = PUBLIC_ALGORITHMS if self.algorithms is None else tuple(self.algorithms)
+        secret = [name for name in algorithms if name not in PUBLIC_ALGORITHMS]
+        if secret:
+            raise ValueError(f"{secret[0]} takes a secret, and a key set that is published holds none")
+        try:
+            fetched = FetchedKeys(options, self.url, algorithms)
+        except ProviderError as error:
+            raise ValueError(f"initial {error}") from None
+        if options.initial is not None and not fetched.ring.keys:
+            raise ValueError("initial has no key that can be used: give a JWK set, as {'keys': [...]}, of public keys")
+        return fetched
+
+    @property
+    def ring(self) -> KeyRing:
+        """Its keys, as they are known now."""
+        return self._ring if self.fetched is None else self.fetched.ring
 
     def candidates(self, algorithm: str, kid: str | None) -> tuple[Key, ...]:
         """The keys that may have signed: of this algorithm, with this id or none.
 
         None at all when more than `MAX_TRIALS` would fit, which takes a token without `kid`.
         """
-        keys = self._by_algorithm.get(algorithm, ())
-        if kid is not None:
-            keys = tuple(key for key in keys if key.id is None or key.id == kid)
+        if self.algorithms is not None and algorithm not in self.algorithms:
+            return ()
+        keys = self.ring.fitting(algorithm, kid)
         return keys if len(keys) <= MAX_TRIALS else ()
 
     @cached_property
@@ -126,7 +177,7 @@ class Issuer:
                 not_before = max(not_before, _date(claims[name], name) - self.leeway)
         if self.strict:
             self._check_profile(claims)
-        tier = claims.get(self.tier_claim) if self.tier_claim is not None else None
+        tier = self._tier(claims)
         principal = Principal(
             subject=subject,
             scopes=self._scopes(claims),
@@ -172,7 +223,35 @@ class Issuer:
                 scopes.extend(value)
             else:
                 raise ValueError(name)
+        for name, given in (self.roles or {}).items():
+            value = _find(claims, name)
+            if value is None:
+                continue
+            held = (value,) if isinstance(value, str) else value
+            if not isinstance(held, tuple) or not all(isinstance(role, str) for role in held):
+                raise ValueError(name)
+            for role in held:
+                scopes.extend(given.get(role, ()))
         return frozenset(filter(is_scope_token, scopes))
+
+    def _tier(self, claims: Mapping[str, Any]) -> Any:
+        if self.tier is not None:
+            return self.tier(claims)
+        if self.client_tiers is not None:
+            client = claims.get("client_id", claims.get("azp"))
+            if isinstance(client, str) and client in self.client_tiers:
+                return self.client_tiers[client]
+        return None if self.tier_claim is None else _find(claims, self.tier_claim)
+
+
+def _find(claims: Mapping[str, Any], name: str) -> Any:
+    """The claim of this name or, where that begins with `/`, at this path (RFC 6901, members of objects only)."""
+    if not name.startswith("/"):
+        return claims.get(name)
+    found: Any = claims
+    for step in name[1:].split("/"):
+        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+    return found
 
 
 def _date(value: Any, name: str) -> float:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sigil_policy.core.facts import Principal
 from sigil_policy.identity.issuers import Issuer
+from sigil_policy.identity.key_sets import FetchedKeys, Name
 from sigil_policy.wire.jws import MAX_TOKEN, CompactJws, parse_compact, parse_object
 
 Parsed = TypeVar("Parsed")
@@ -34,6 +35,18 @@ class TokenError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__("the token is refused")
         self.reason = reason
+
+
+class KeyUnknownError(TokenError):
+    """No key is there that could have signed, but it may be in the issuer's key set by now.
+
+    Were it signed by that key, it would be accepted, as far as its claims can be read quickly.
+    """
+
+    def __init__(self, issuer: Issuer, name: Name) -> None:
+        super().__init__("key")
+        self.issuer = issuer
+        self.name = name
 
 
 class VerifiedToken(NamedTuple):
@@ -52,29 +65,70 @@ class TokenVerifier:
         realm: the protection space that the principals name in challenges.
     """
 
-    __slots__ = ("_issuers", "_only", "_owners", "_realm")
+    __slots__ = ("__weakref__", "_issuers", "_only", "_owners", "_realm", "fetched")
 
     def __init__(self, issuers: Iterable[Issuer], *, realm: str = "api") -> None:
         self._issuers = {issuer.url: issuer for issuer in issuers}
         self._only = next(iter(self._issuers.values())) if len(self._issuers) == 1 else None
-        self._owners = _owners(self._issuers.values())
         self._realm = realm
+        self.fetched: Mapping[str, FetchedKeys] = {
+            url: issuer.fetched for url, issuer in self._issuers.items() if issuer.fetched is not None
+        }
+        """By issuer, the key sets that change."""
+        self._owners: Mapping[Name, Issuer] = {}
+        self._know_owners()
+        for keys in self.fetched.values():
+            keys.watch(self._know_owners)
+
+    def _know_owners(self) -> None:
+        # Where there is but one issuer, nobody asks.
+        self._owners = {} if self._only is not None else _owners(self._issuers.values())
 
     def verify(self, token: bytes, now: float) -> VerifiedToken:
-        """The verdict on `token` at `now` (seconds since the epoch). Raises `TokenError`, and nothing else."""
+        """The verdict on `token` at `now` (seconds since the epoch). Raises `TokenError`, and nothing else.
+
+        That is a `KeyUnknownError` where fetching the issuer's keys may change it.
+        """
         if len(token) > MAX_TOKEN:
             raise TokenError("size")
         jws = _read(parse_compact, token)
-        issuer = self._only or self._owner(jws.header)
-        if issuer is not None:
-            _check_signature(issuer, jws)
-            claims = _read(_parse_trusted, jws.payload)
-            if self._issuer(claims) is not issuer:
-                raise TokenError("key")
-        else:
-            claims = _read(parse_object, jws.payload)
-            issuer = self._issuer(claims)
-            _check_signature(issuer, jws)
+        try:
+            issuer, claims = self._signed(jws)
+        except KeyUnknownError as unknown:
+            # A token that would be refused anyway (expired, of another issuer) is no reason to ask the provider. One
+            # that takes long to read is read when its key has signed it.
+            unsigned = _read_or_leave(jws.payload)
+            if unsigned is None:
+                raise
+            if self._issuer(unsigned) is not unknown.issuer:
+                raise TokenError("iss") from None
+            self._judge(unknown.issuer, unsigned, now)
+            raise
+        return self._judge(issuer, claims, now)
+
+    def _signed(self, jws: CompactJws) -> tuple[Issuer, Mapping[str, Any]]:
+        """The issuer whose key has signed, and what it has signed."""
+        owner = self._only or self._owner(jws.header)
+        if owner is not None:
+            try:
+                _check_signature(owner, jws)
+            except TokenError as error:
+                # Another issuer may have published a key of the same name since: its tokens are not this one's.
+                if owner is self._only or not self.fetched or error.reason != "signature":
+                    raise
+            else:
+                claims = _read(_parse_trusted, jws.payload)
+                if self._issuer(claims) is not owner:
+                    raise TokenError("key")
+                return owner, claims
+        claims = _read(parse_object, jws.payload)
+        issuer = self._issuer(claims)
+        if issuer is owner:
+            raise TokenError("signature")
+        _check_signature(issuer, jws)
+        return issuer, claims
+
+    def _judge(self, issuer: Issuer, claims: Mapping[str, Any], now: float) -> VerifiedToken:
         try:
             verified = VerifiedToken(*issuer.read(_frozen(claims), self._realm))
         except ValueError as error:
@@ -88,8 +142,7 @@ class TokenVerifier:
     def _owner(self, header: Mapping[str, Any]) -> Issuer | None:
         """The issuer whose keys alone the header can mean, or None where nobody can tell."""
         algorithm, kid = header.get("alg"), header.get("kid")
-        known = isinstance(algorithm, str) and isinstance(kid, str)
-        return self._owners.get((algorithm, kid)) if known else None
+        return self._owners.get((algorithm, kid)) if isinstance(algorithm, str) and isinstance(kid, str) else None
 
     def _issuer(self, claims: Mapping[str, Any]) -> Issuer:
         url = claims.get("iss")
@@ -99,12 +152,12 @@ class TokenVerifier:
         return issuer
 
 
-def _owners(issuers: Iterable[Issuer]) -> dict[Any, Issuer]:
+def _owners(issuers: Iterable[Issuer]) -> dict[Name, Issuer]:
     """By algorithm and `kid`, the issuer that alone has keys for them."""
-    named: dict[tuple[str, str], list[Issuer]] = {}
+    named: dict[Name, list[Issuer]] = {}
     unnamed: dict[str, list[Issuer]] = {}
     for issuer in issuers:
-        for key in issuer.keys:
+        for key in issuer.ring.keys:
             for algorithm in key.accepts:
                 if key.id is None:
                     unnamed.setdefault(algorithm, []).append(issuer)
@@ -124,6 +177,13 @@ def _read(parse: Callable[[bytes], Parsed], text: bytes) -> Parsed:
         pass
     # Outside of the handler: a parser's error carries the text it could not read, and is not chained here.
     raise TokenError("form")
+
+
+def _read_or_leave(payload: bytes) -> dict[str, Any] | None:
+    try:
+        return parse_object(payload)
+    except ValueError:
+        return None
 
 
 def _parse_trusted(payload: bytes) -> dict[str, Any]:
@@ -164,6 +224,9 @@ def _check_signature(issuer: Issuer, jws: CompactJws) -> None:
     # The key names the algorithm. "none", in any case, is the algorithm of no key.
     keys = issuer.candidates(algorithm, kid)
     if not keys:
+        fetched = issuer.fetched
+        if fetched is not None and fetched.may_bring(algorithm) and not fetched.ring.fitting(algorithm, kid):
+            raise KeyUnknownError(issuer, (algorithm, kid))
         raise TokenError("key")
     if not any(key.verify(jws.signed, jws.signature) for key in keys):
         raise TokenError("signature")
@@ -191,7 +254,7 @@ class TokenCache:
     tokens get in, so that nobody without a key can fill it. The token itself is not kept.
     """
 
-    __slots__ = ("_half", "_lock", "_old", "_young")
+    __slots__ = ("__weakref__", "_half", "_lock", "_old", "_young")
 
     def __init__(self, size: int) -> None:
         self._half = size // 2
@@ -222,3 +285,9 @@ class TokenCache:
                 self._old = self._young
                 self._young = {}
             self._young[digest] = verified
+
+    def clear(self) -> None:
+        """Forget all: the keys that verified them are no longer the same."""
+        with self._lock:
+            self._young = {}
+            self._old = {}

@@ -6,19 +6,28 @@
 A key that is presented is verified or refused here (401). A caller without one goes on as nobody, and `Scopes`, further
 in, decides whether that will do; without `Scopes`, write `required=True`.
 
-Guarantees: mistyped, unknown, expired and wrong keys get the same answer, and an unknown id costs the same digest and
-the same comparison in constant time as a known one; the store holds only keyed digests; no key is logged or shown.
-WebSocket handshakes obey the same rules.
+Guarantees: mistyped, unknown, expired, revoked and wrong keys get the same answer, and an unknown id costs the same
+digest and the same comparison in constant time as a known one; a typing error is refused without a look-up; a store
+that fails or is slow lets nobody in, and is answered with 503 and `Retry-After`, never 500; the store holds only keyed
+digests; no key is logged or shown. WebSocket handshakes obey the same rules.
+
+How soon a key that was made or revoked elsewhere is known, and what callers who make ids up cost, is the store's to
+say: see `RemoteApiKeyStore`. `ApiKeys`, and `sigil-policy key` on the command line, make and end keys.
 
 Goes inside `Problems`, `BodyLimit` and `Timeout`, outside `Scopes` and `RateLimit`, before or after `BearerAuth`.
 RFC 9110 section 11; RFC 6750 for the challenges.
 """
 
-from collections.abc import Awaitable
-from functools import cached_property
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from functools import cached_property, partial
 from hmac import compare_digest
-from typing import Annotated, ClassVar
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, cast
 
+import anyio
+import structlog
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sigil_policy.core.catalogue import (
@@ -27,12 +36,22 @@ from sigil_policy.core.catalogue import (
     CREDENTIALS_MALFORMED,
     CREDENTIALS_MISSING,
     KEY_INVALID,
+    http_problem,
 )
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Closable, Policy
 from sigil_policy.core.problems import Problem, ProblemType
-from sigil_policy.identity.api_keys import ApiKeyRecord, ApiKeyStore, key_digest, key_id, pepper_bytes
+from sigil_policy.identity.api_keys import (
+    ApiKeyRecord,
+    ApiKeyStore,
+    RemoteApiKeyStore,
+    is_issued_id,
+    key_digest,
+    key_id,
+    key_store,
+    pepper_bytes,
+)
 from sigil_policy.identity.challenges import (
     Challenges,
     HeaderLines,
@@ -41,10 +60,19 @@ from sigil_policy.identity.challenges import (
     offer,
 )
 from sigil_policy.identity.fields import HeaderName, Realm, Scheme
+from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.wire.authorization import QueryNames, bearer_token
+
+logger = structlog.get_logger("sigil_policy")
+
+Record = ApiKeyRecord | None
+Find = Callable[[str], "Record | Awaitable[Record]"]
 
 # What no key's digest is: an unknown id is compared with this, so that it takes as long as a known one.
 _NO_DIGEST = bytes(32)
+
+# Seconds between two lines in the log about a store that fails.
+_REPORT_EVERY = 10.0
 
 _QUERY_NAMES = QueryNames("api_key", "api-key", "apikey", "x-api-key", any_case=True)
 
@@ -52,17 +80,18 @@ _QUERY_NAMES = QueryNames("api_key", "api-key", "apikey", "x-api-key", any_case=
 class ApiKeyAuth(Policy):
     """Who presents a valid API key is the `Principal`; who presents an invalid one is refused.
 
-        ApiKeyAuth(store=FileApiKeyStore("keys.jsonl"), pepper=SecretStr(os.environ["KEY_PEPPER"]))
+        ApiKeyAuth(store="sqlite:///keys.db", pepper=SecretStr(os.environ["SIGIL_PEPPER"]))
 
     Answers 401 `AUTH_005` (the key), 400 `AUTH_003` (the header), 400 `AUTH_006` (two credentials), 400 `AUTH_007`
     (a key in the query), and with `required=True` 401 `AUTH_001` (no key); each with `WWW-Authenticate` lines.
-    An exception of the store goes on to the application's error handling: nobody is let in.
+    Answers 503 `SRV_503` with `Retry-After` while the store cannot say who calls: whatever it raises, or at `deadline`.
+    What it raised is in the log (`api_key_store_failed`), at most once in 10 seconds.
     """
 
     gives: ClassVar[tuple[type, ...]] = (Principal, Challenges)
 
-    store: ApiKeyStore
-    """Where the records are."""
+    store: ApiKeyStore | str
+    """Where the records are: a store, or the URL of one as in `sigil_policy.identity.api_keys.urls`."""
 
     pepper: SecretStr
     """The secret under which digests were made, at least 32 bytes; keep it out of the store."""
@@ -92,6 +121,15 @@ class ApiKeyAuth(Policy):
     """Let requests pass that carry `api_key=`, `apikey=` or `x-api-key=` in their query, where logs and histories
     keep it (default False: 400). It is never used as a credential, either way."""
 
+    deadline: Annotated[float, Field(ge=0.001, le=60)] = 2.0
+    """Seconds that the store may take to find a key (default 2); then 503. A store may have a shorter one itself."""
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _found_by_url(cls, store: Any) -> Any:
+        # Here, so that a URL with a password stands in no repr.
+        return key_store(store) if isinstance(store, str) else store
+
     @field_validator("pepper")
     @classmethod
     def _long_enough(cls, pepper: SecretStr) -> SecretStr:
@@ -102,7 +140,27 @@ class ApiKeyAuth(Policy):
     def _prepare(self) -> "ApiKeyAuth":
         _ = self._pepper, self._header, self._rival, self._prefix
         _ = self._challenge, self._invalid_request, self._invalid_token
+        _ = self._find, self._note_use, self._reported
         return self
+
+    def resources(self) -> Iterable[Closable]:
+        return (cast("Closable", self.store),) if hasattr(self.store, "aclose") else ()
+
+    @cached_property
+    def _find(self) -> Find:
+        store = cast("ApiKeyStore", self.store)
+        if isinstance(store, RemoteApiKeyStore):
+            return partial(store.find, is_issued=partial(is_issued_id, self._pepper))
+        return store.find
+
+    @cached_property
+    def _note_use(self) -> Callable[[str], object] | None:
+        return getattr(self.store, "note_use", None)
+
+    @cached_property
+    def _reported(self) -> list[float]:
+        # When the log was last told of a store that fails, by the monotonic clock.
+        return [float("-inf")]
 
     @cached_property
     def _pepper(self) -> bytes:
@@ -163,7 +221,10 @@ class ApiKeyAuth(Policy):
         if name is None:
             return KEY_INVALID("The API key is not valid", headers=refusal)
         digest = key_digest(self._pepper, presented)
-        found = self.store.find(name)
+        try:
+            found = self._find(name)
+        except Exception as error:  # noqa: BLE001  a store is somebody else's: whatever it raises, nobody is let in
+            return self._unavailable(ex, error)
         if found is None or isinstance(found, ApiKeyRecord):
             return self._judge(ex, found, digest, refusal)
         return self._judge_later(ex, found, digest, refusal)
@@ -171,12 +232,48 @@ class ApiKeyAuth(Policy):
     async def _judge_later(
         self, ex: Exchange, finding: Awaitable[ApiKeyRecord | None], digest: bytes, refusal: HeaderLines
     ) -> Problem | None:
-        return self._judge(ex, await finding, digest, refusal)
+        try:
+            with anyio.fail_after(self.deadline):
+                found = await finding
+        except Exception as error:  # noqa: BLE001  as above
+            return self._unavailable(ex, error)
+        return self._judge(ex, found, digest, refusal)
+
+    def _unavailable(self, ex: Exchange, error: Exception) -> Problem:
+        self._report(ex, error)
+        wait = max(1, ceil(error.retry_after)) if isinstance(error, StoreUnavailableError) else 1
+        return http_problem(503)(
+            f"API keys cannot be checked at the moment; try again in {wait} seconds.",
+            headers=((b"retry-after", b"%d" % wait),),
+            retry_after=wait,
+        )
+
+    def _report(self, ex: Exchange, error: Exception) -> None:
+        now = ex.clock.monotonic()
+        if now - self._reported[0] < _REPORT_EVERY:
+            return
+        self._reported[0] = now
+        # What it says may hold an address with its password, unless it is one of ours; where it happened never does.
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
+        reason = str(error) if isinstance(error, StoreUnavailableError) else None
+        logger.error(
+            "api_key_store_failed",
+            store=type(self.store).__name__,
+            error=type(error).__name__,
+            where=where,
+            reason=reason,
+        )
 
     def _judge(self, ex: Exchange, record: ApiKeyRecord | None, digest: bytes, refusal: HeaderLines) -> Problem | None:
         same = compare_digest(digest, _NO_DIGEST if record is None else record.digest_bytes)
         if record is None or not same or record.is_expired(ex.clock.time()):
             return KEY_INVALID("The API key is not valid", headers=refusal)
+        if self._note_use is not None:
+            try:
+                self._note_use(record.id)
+            except Exception as error:  # noqa: BLE001  a note that is lost is no reason to refuse
+                self._report(ex, error)
         principal, known = record.principal(self.realm), ex.principal
         # A key that an outer ApiKeyAuth has accepted is verified here too: this store may know fewer. Where both agree,
         # the outer one's answer stays, with what others have made of it since.

@@ -8,9 +8,13 @@
         ),
     ])
 
+    BearerAuth(issuers=[Issuer(url="https://login.example.com", audience="sigil-api", discovery=True)])
+
 A token that is presented is verified or refused here (401 `invalid_token`; 400 for a header that is no bearer
 credential). A caller without one goes on as nobody, and `Scopes`, further in, decides whether that will do; without
-`Scopes`, write `required=True`. Verified tokens are remembered until they expire, refused ones are not.
+`Scopes`, write `required=True`. Verified tokens are remembered until they expire or the keys of an issuer change;
+refused ones are not. Where a token needs keys that have to be fetched and cannot be had now: 503, not 401
+(`identity/key_sets.py` says what holds). A token that is known waits for nothing.
 
 Guarantees: whatever is presented, an answer is all that comes out; no answer says which check failed; a token's
 algorithm never chooses the key; no token is kept, logged or shown. WebSocket handshakes obey the same rules.
@@ -19,8 +23,10 @@ Goes inside `Problems`, `BodyLimit` and `Timeout`, outside `Scopes` and `RateLim
 RFC 7519, RFC 8725, RFC 9068.
 """
 
+from collections.abc import Awaitable, Iterable
 from functools import cached_property
 from hashlib import sha256
+from math import ceil
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -30,11 +36,13 @@ from sigil_policy.core.catalogue import (
     CREDENTIALS_IN_QUERY,
     CREDENTIALS_MALFORMED,
     CREDENTIALS_MISSING,
+    KEYS_UNAVAILABLE,
     TOKEN_INVALID,
 )
+from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
-from sigil_policy.core.policy import Listed, Policy
+from sigil_policy.core.policy import Closable, Listed, Policy
 from sigil_policy.core.problems import Problem, ProblemType
 from sigil_policy.identity.challenges import (
     Challenges,
@@ -45,7 +53,8 @@ from sigil_policy.identity.challenges import (
 )
 from sigil_policy.identity.fields import HeaderName, Realm
 from sigil_policy.identity.issuers import Issuer
-from sigil_policy.identity.tokens import TokenCache, TokenError, TokenVerifier
+from sigil_policy.identity.key_sets import FetchedKeys, KeysUnavailableError, Name
+from sigil_policy.identity.tokens import KeyUnknownError, TokenCache, TokenError, TokenVerifier, VerifiedToken
 from sigil_policy.wire.authorization import QueryNames, bearer_token, is_token68
 from sigil_policy.wire.jws import MAX_TOKEN
 
@@ -59,7 +68,8 @@ class BearerAuth(Policy):
         BearerAuth(issuers=[Issuer(url="https://auth.sigil.acti.ai", audience="sigil-api", keys=[key])])
 
     Answers 401 `AUTH_002` (the token), 400 `AUTH_003` (the header), 400 `AUTH_006` (two credentials), 400 `AUTH_007` (a
-    token in the query), and with `required=True` 401 `AUTH_001` (no token); each with a `WWW-Authenticate` line.
+    token in the query), and with `required=True` 401 `AUTH_001` (no token); each with a `WWW-Authenticate` line. 503
+    `AUTH_008` with `Retry-After`: the keys cannot be fetched now.
     """
 
     gives: ClassVar[tuple[type, ...]] = (Principal, Challenges)
@@ -99,10 +109,16 @@ class BearerAuth(Policy):
     def _prepare(self) -> "BearerAuth":
         _ = self._verifier, self._cache, self._rival, self._foreign, self._challenge
         _ = self._invalid_request, self._invalid_token
+        for keys in self._verifier.fetched.values():
+            keys.watch(self._cache.clear)
+        if not self._verifier.fetched:
+            # A hook that has nothing to do here is taken out of the pass.
+            object.__setattr__(self, "on_finish", None)
         return self
 
     @cached_property
     def _verifier(self) -> TokenVerifier:
+        # Before the cache: it has to know of changed keys before what they verified is forgotten.
         return TokenVerifier(self.issuers, realm=self.realm)
 
     @cached_property
@@ -130,7 +146,7 @@ class BearerAuth(Policy):
     def _invalid_token(self) -> HeaderLines:
         return (challenge_line("Bearer", self.realm, "invalid_token"),)
 
-    def on_request(self, ex: Exchange) -> Problem | None:
+    def on_request(self, ex: Exchange) -> Problem | Awaitable[Problem | None] | None:
         value = ex.headers.get(b"authorization")
         if ex.method == "OPTIONS" and is_preflight(ex):
             ex.anonymous()
@@ -159,7 +175,7 @@ class BearerAuth(Policy):
             _accept_again(ex, principal)
         return None
 
-    def _verify(self, ex: Exchange, value: bytes, digest: bytes | None) -> Problem | None:
+    def _verify(self, ex: Exchange, value: bytes, digest: bytes | None) -> Problem | Awaitable[Problem | None] | None:
         try:
             token = bearer_token(value)
         except ValueError:
@@ -170,14 +186,62 @@ class BearerAuth(Policy):
             return self._refused()
         if not is_token68(token):
             return self._bad_request(CREDENTIALS_MALFORMED, "The token has characters that no bearer token has")
+        return self._judge(ex, token, digest)
+
+    def _judge(
+        self, ex: Exchange, token: bytes, digest: bytes | None, *, fetched: bool = False
+    ) -> Problem | Awaitable[Problem | None] | None:
+        """The answer for `token`; to be waited for only where keys have to be fetched, and once at most."""
+        clock = ex.clock
+        now = clock.time()
         try:
-            verified = self._verifier.verify(token, ex.clock.time())
+            verified = self._verifier.verify(token, now)
+        except KeyUnknownError as unknown:
+            keys = unknown.issuer.fetched
+            if keys is None or fetched or (keys.is_absent(unknown.name, clock) and keys.remaining(clock)):
+                return self._refused()
+            wait = keys.ask(unknown.name, clock)
+            # Refused without a wait: a flood of invented ids is answered as cheaply as one of forged signatures.
+            return self._later(ex, token, digest, keys, unknown.name) if wait <= 0 else _unavailable(wait)
         except TokenError:
             return self._refused()
+        changing = self._verifier.fetched.get(verified.principal.issuer or "")
+        if changing is not None:
+            remaining = changing.remaining(clock)
+            if not remaining:
+                return _unavailable(1) if fetched else self._later(ex, token, digest, changing, None)
+            if changing.is_due(clock):
+                ex.keep(self, changing)
+            # It is looked at again when its keys are: what is remembered never outlives what may be believed.
+            verified = VerifiedToken(verified.principal, verified.not_before, min(verified.not_after, now + remaining))
         if digest is not None:
             self._cache.put(digest, verified)
         _accept_again(ex, verified.principal)
         return None
+
+    async def _later(
+        self, ex: Exchange, token: bytes, digest: bytes | None, keys: FetchedKeys, name: Name | None
+    ) -> Problem | None:
+        try:
+            await keys.obtain(ex.clock, name)
+        except KeysUnavailableError as error:
+            return _unavailable(error.retry_after)
+        answer = self._judge(ex, token, digest, fetched=True)
+        return await answer if isinstance(answer, Awaitable) else answer
+
+    def on_finish(self, ex: Exchange) -> Awaitable[None] | None:
+        # The caller has the response: whoever comes next finds fresh keys, and nobody has waited for them.
+        keys: FetchedKeys | None = ex.note(self)
+        return keys.refresh(ex.clock) if keys is not None else None
+
+    async def fetch_keys(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        """Fetch the keys of all issuers now, where that is needed: in the application's lifespan, so that it does not
+        start without them. `clock` is the stack's, if that has its own. Raises `KeysUnavailableError`."""
+        for keys in self._verifier.fetched.values():
+            await keys.obtain(clock)
+
+    def resources(self) -> Iterable[Closable]:
+        return self._verifier.fetched.values()
 
     def _without_token(self, ex: Exchange) -> Problem | None:
         if ex.principal is not None:
@@ -194,6 +258,15 @@ class BearerAuth(Policy):
 
     def _bad_request(self, problem_type: ProblemType, detail: str) -> Problem:
         return problem_type(detail, headers=self._invalid_request)
+
+
+def _unavailable(wait: float) -> Problem:
+    seconds = max(1, ceil(wait))
+    return KEYS_UNAVAILABLE(
+        f"Tokens cannot be verified at the moment; try again in {seconds} seconds",
+        headers=((b"retry-after", b"%d" % seconds),),
+        retry_after=seconds,
+    )
 
 
 def _accept_again(ex: Exchange, principal: Principal) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sigil_policy.core.facts import Principal
 from sigil_policy.identity import tokens
 from sigil_policy.identity.keys import Key
-from sigil_policy.identity.tokens import TokenCache, TokenError, TokenVerifier, VerifiedToken
+from sigil_policy.identity.tokens import KeyUnknownError, TokenCache, TokenError, TokenVerifier, VerifiedToken
+from sigil_policy.testing import FrozenClock
 from tests.identity.material import (
     ALGORITHMS,
     HS,
@@ -29,6 +30,7 @@ from tests.identity.material import (
     sign,
     token,
 )
+from tests.identity.provider import Pair, Provider
 
 LENIENT = TokenVerifier([make_issuer()])
 STRICT = TokenVerifier([make_issuer(strict=True)])
@@ -557,3 +559,96 @@ def test_the_signature_covers_header_and_claims():
     assert refusal(LENIENT, other + b"." + BODY + b"." + TAIL) == "signature"
     assert refusal(LENIENT, HEAD + b"." + b64(json.dumps(good_claims(sub="root"))) + b"." + TAIL) == "signature"
     assert sign("HS256", HEAD + b"." + BODY) is not None
+
+
+# --- keys that are fetched -------------------------------------------------------------------------------------------
+
+A, B = Pair("a"), Pair("b")
+_HMAC_WITH_PUBLIC_KEY = raw_token('{"alg":"HS256","kid":"a"}', CLAIMS)
+
+
+@pytest.fixture
+def published() -> Provider:
+    return Provider(A)
+
+
+async def known(provider: Provider, *others, **options) -> TokenVerifier:
+    issuer = provider.issuer(f"{provider.url}/jwks.json", **options)
+    verifier = TokenVerifier([issuer, *others])
+    await issuer.fetched.obtain(FrozenClock(NOW))
+    return verifier
+
+
+@pytest.mark.anyio
+async def test_a_key_that_may_have_been_published_since_is_asked_for_by_name(published):
+    verifier = await known(published)
+    with pytest.raises(KeyUnknownError) as caught:
+        verifier.verify(B.token(), NOW)
+    assert caught.value.name == ("ES256", "b")
+    assert caught.value.issuer.url == URL
+    assert caught.value.reason == "key"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("presented", "reason"),
+    [
+        pytest.param(B.token(exp=int(NOW) - 10), "expired", id="expired"),
+        pytest.param(B.token(iat=int(NOW) + 60), "early", id="early"),
+        pytest.param(B.token(aud="other"), "aud", id="aud"),
+        pytest.param(B.token(iss="https://evil.example"), "iss", id="iss"),
+        pytest.param(B.token(sub=7), "sub", id="sub"),
+        pytest.param(B.token(header={"alg": "HS512"}), "key", id="HS"),
+        pytest.param(B.token(header={"alg": "none"}), "key", id="none"),
+        pytest.param(A.token()[:-4] + b"AAAA", "signature", id="signature"),
+        pytest.param(_HMAC_WITH_PUBLIC_KEY, "key", id="JW-08"),
+    ],
+)
+async def test_no_key_is_asked_for_that_could_not_make_the_token_good(published, presented, reason):
+    verifier = await known(published)
+    with pytest.raises(TokenError) as caught:
+        verifier.verify(presented, NOW)
+    assert type(caught.value) is TokenError
+    assert caught.value.reason == reason
+
+
+@pytest.mark.anyio
+async def test_a_large_token_is_read_when_its_key_is_there(published):
+    verifier = await known(published)
+    with pytest.raises(KeyUnknownError):
+        verifier.verify(B.token(groups=[{"id": number} for number in range(100)]), NOW)
+    with pytest.raises(KeyUnknownError):
+        verifier.verify(raw_token('{"alg":"ES256","kid":"b"}', "[" * 900), NOW)
+
+
+@pytest.mark.anyio
+async def test_whose_a_key_is_follows_the_sets(published):
+    """JW-16: a key that one issuer has published since never verifies the other's tokens."""
+    other = Provider(B, url="https://other.example")
+    issuer = other.issuer(f"{other.url}/jwks.json")
+    clock = FrozenClock(NOW)
+    verifier = await known(published, issuer)
+    await issuer.fetched.obtain(clock)
+    assert verifier.verify(B.token(iss=other.url), NOW).principal.issuer == other.url
+    large = B.token(iss=other.url, groups=[{"id": number} for number in range(100)])
+    assert verifier.verify(large, NOW), "the key's name tells whose it is; the claims need not be read first"
+    twin = Pair("a")
+    other.publish(twin)
+    clock.advance(600)
+    await issuer.fetched.obtain(clock)
+    assert verifier.verify(twin.token(iss=other.url), NOW).principal.issuer == other.url
+    assert verifier.verify(A.token(), NOW).principal.issuer == URL
+    for forged in (twin.token(), A.token(iss=other.url), B.token(iss=other.url)):
+        with pytest.raises(TokenError):
+            verifier.verify(forged, NOW)
+
+
+def test_a_cache_that_is_cleared_knows_nothing():
+    cache = TokenCache(4)
+    who = Principal(subject="a")
+    for number in range(4):
+        cache.put(bytes([number]), VerifiedToken(who, 0, NOW + 10))
+    assert len(cache)
+    cache.clear()
+    assert len(cache) == 0
+    assert cache.get(b"\x03", NOW) is None

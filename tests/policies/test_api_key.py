@@ -1,20 +1,32 @@
 """ApiKeyAuth: unknown, wrong, expired and mistyped keys are one answer; a valid one is the caller."""
 
+import dataclasses
 import logging
 
 import anyio
 import pytest
+import structlog
 from pydantic import SecretStr, ValidationError
 
+from sigil_policy.core.clock import SYSTEM_CLOCK
 from sigil_policy.core.exchange import get_exchange
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Reply
 from sigil_policy.core.stack import PolicyStack
-from sigil_policy.identity.api_keys import FileApiKeyStore, MemoryApiKeyStore, new_key
+from sigil_policy.identity.api_keys import (
+    ApiKeys,
+    FileApiKeyStore,
+    MemoryApiKeyStore,
+    RemoteApiKeyStore,
+    new_key,
+)
+from sigil_policy.identity.api_keys.format import checksum
+from sigil_policy.identity.api_keys.sqlite import SqliteApiKeyStore
 from sigil_policy.identity.challenges import Challenges
 from sigil_policy.policies import api_key as module
 from sigil_policy.policies.api_key import ApiKeyAuth
 from sigil_policy.policies.bearer import BearerAuth
+from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.testing import FrozenClock, drive
 from tests.identity.material import NOW, make_issuer, token
 
@@ -40,10 +52,8 @@ TYPO = KEY[:-8] + ("a" if KEY[-8] != "a" else "b") + KEY[-7:]
 
 def wrong_key() -> str:
     """The right id, another secret, and a right checksum."""
-    from sigil_policy.identity.api_keys import _checksum
-
     body = KEY[:-7].rpartition("_")[0] + "_" + "A" * 32
-    return f"{body}_{_checksum(body.encode())}"
+    return f"{body}_{checksum(body.encode())}"
 
 
 def make_auth(**options) -> ApiKeyAuth:
@@ -160,13 +170,207 @@ async def test_a_store_may_take_its_time():
     refused(await drive(app, headers={"x-api-key": UNKNOWN}), 401, "AUTH_005", LINES)
 
 
-async def test_a_store_that_fails_lets_nobody_in():
-    class Down:
-        def find(self, key_id):
-            raise ConnectionError("down")
+class Failing:
+    """Raises what it is told to, at once or after a moment."""
 
-    with pytest.raises(ConnectionError):
-        await drive(make_app(make_auth(store=Down())), headers={"x-api-key": KEY})
+    def __init__(self, error, later):
+        self.error, self.later = error, later
+
+    def find(self, key_id):
+        if self.later:
+            return self.fail()
+        raise self.error
+
+    async def fail(self):
+        await anyio.lowlevel.checkpoint()
+        raise self.error
+
+
+def unavailable(sent, wait=1):
+    assert sent.status == 503
+    assert sent.json()["error_code"] == "SRV_503"
+    assert sent.header("retry-after") == str(wait)
+    assert sent.json()["retry_after"] == wait
+    assert sent.header("cache-control") == "no-store"
+    assert sent.header_lines("www-authenticate") == [], "nothing is wrong with the key"
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("error", "wait"),
+    [
+        (ConnectionError("redis://:canary@host"), 1),
+        (StoreUnavailableError("away", retry_after=6.2), 7),
+        (KeyError("canary"), 1),
+        (TimeoutError(), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_store_that_fails_lets_nobody_in_and_is_no_error_of_the_server(error, wait, later):
+    app = make_app(make_auth(store=Failing(error, later)))
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(3):
+            unavailable(await drive(app, headers={"x-api-key": KEY}), wait)
+        refused(await drive(app, headers={"x-api-key": TYPO}), 401, "AUTH_005", LINES)
+        assert (await drive(app)).body == b"nobody"
+    (line,) = lines
+    assert line["event"] == "api_key_store_failed" and line["error"] == type(error).__name__
+    assert line["where"].startswith("test_api_key.py:")
+    assert "canary" not in str(lines)
+
+
+async def test_a_store_that_is_slow_is_not_waited_for():
+    class Slow:
+        async def find(self, key_id):
+            await anyio.sleep(60)
+
+    app = make_app(make_auth(store=Slow(), deadline=0.01))
+    with structlog.testing.capture_logs():
+        with anyio.fail_after(5):
+            unavailable(await drive(app, headers={"x-api-key": KEY}))
+        unavailable(await drive(app, kind="websocket", headers={"x-api-key": KEY}))
+
+
+async def test_a_use_that_cannot_be_noted_refuses_nobody():
+    class Forgetful(MemoryApiKeyStore):
+        def note_use(self, key_id):
+            raise OSError("full")
+
+    app = make_app(make_auth(store=Forgetful([RECORD])))
+    with structlog.testing.capture_logs() as lines:
+        assert (await drive(app, headers={"x-api-key": KEY})).body == b"nightly-job"
+    assert [line["error"] for line in lines] == ["OSError"]
+
+
+async def test_only_keys_that_were_accepted_count_as_used():
+    clock = FrozenClock(NOW)
+    store = MemoryApiKeyStore([RECORD, EXPIRED_RECORD], clock=clock)
+    app = make_app(make_auth(store=store), clock=clock)
+    for presented in (EXPIRED, wrong_key(), UNKNOWN):
+        await drive(app, headers={"x-api-key": presented})
+    assert [record.last_used for record in await store.records()] == [None, None]
+    await drive(app, headers={"x-api-key": KEY})
+    assert [record.last_used for record in await store.records()] == [NOW, None]
+
+
+class Counting(RemoteApiKeyStore):
+    """A server that counts its visitors."""
+
+    def __init__(self, *records, **options):
+        super().__init__(**options)
+        self.here = {record.id: record for record in records}
+        self.trips, self.fault = [], None
+
+    async def get(self, key_id):
+        self.trips.append(key_id)
+        await anyio.lowlevel.checkpoint()
+        if self.fault:
+            raise self.fault
+        return self.here.get(key_id)
+
+    async def records(self):
+        return tuple(self.here.values())
+
+    async def _save(self, record, ends):
+        self.here[record.id] = record
+
+    async def _end(self, key_id, at):
+        record = self.here.get(key_id)
+        if record is not None:
+            record = self.here[key_id] = record.ending(at)
+        return record
+
+    def _write_uses(self, used):
+        pass
+
+
+def made_up() -> str:
+    """A key that anybody can make up: everything fits but what only the pepper can say."""
+    return new_key(pepper=SecretStr("somebody else's pepper, which is long"), subject="x").plain.get_secret_value()
+
+
+async def test_a_flood_of_made_up_ids_costs_the_store_little_and_no_caller_anything():
+    clock = FrozenClock(NOW)
+    late, late_record = make()
+    store = Counting(RECORD, late_record, clock=clock, strays=20)
+    app = make_app(make_auth(store=store), clock=clock)
+    assert (await drive(app, headers={"x-api-key": KEY})).body == b"nightly-job"
+    with structlog.testing.capture_logs():
+        answers = [(await drive(app, headers={"x-api-key": made_up()})).status for _ in range(1_000)]
+    assert answers == [401] * 100 + [503] * 900
+    assert len(store.trips) == 101
+    assert (await drive(app, headers={"x-api-key": KEY})).body == b"nightly-job", "known already"
+    assert (await drive(app, headers={"x-api-key": late})).body == b"nightly-job", "never seen by this process"
+    clock.advance(1)
+    with structlog.testing.capture_logs():
+        answers = [(await drive(app, headers={"x-api-key": made_up()})).status for _ in range(100)]
+    assert answers == [401] * 20 + [503] * 80
+
+
+async def test_a_key_from_before_ids_had_a_check_still_works():
+    old = "sk_live_" + "oldformat123" + "_" + "s" * 32
+    old = f"{old}_{checksum(old.encode())}"
+    record = dataclasses.replace(
+        RECORD, id="oldformat123", digest=module.key_digest(PEPPER.get_secret_value().encode(), old.encode()).hex()
+    )
+    for store in (MemoryApiKeyStore([record]), Counting(record)):
+        assert (await drive(make_app(make_auth(store=store)), headers={"x-api-key": old})).body == b"nightly-job"
+
+
+async def test_a_key_is_revoked_everywhere_within_the_stores_bound():
+    clock = FrozenClock(NOW)
+    store = Counting(RECORD, clock=clock, fresh_for=5)
+    app = make_app(make_auth(store=store), clock=clock)
+    assert (await drive(app, headers={"x-api-key": KEY})).status == 200
+    store.here[RECORD.id] = RECORD.ending(NOW)  # by another process
+    clock.advance(4.9)
+    assert (await drive(app, headers={"x-api-key": KEY})).status == 200
+    clock.advance(0.1)
+    refused(await drive(app, headers={"x-api-key": KEY}), 401, "AUTH_005", LINES)
+
+
+async def test_a_key_that_is_revoked_through_the_same_store_is_refused_at_once():
+    clock = FrozenClock(NOW)
+    store = Counting(RECORD, clock=clock)
+    app = make_app(make_auth(store=store), clock=clock)
+    assert (await drive(app, headers={"x-api-key": KEY})).status == 200
+    await ApiKeys(store, clock=clock).revoke(RECORD.id)
+    assert (await drive(app, headers={"x-api-key": KEY})).status == 401
+
+
+async def test_nobody_is_let_in_on_what_was_remembered_once_the_store_is_away_for_longer():
+    clock = FrozenClock(NOW)
+    store = Counting(RECORD, clock=clock, fresh_for=5)
+    app = make_app(make_auth(store=store), clock=clock)
+    assert (await drive(app, headers={"x-api-key": KEY})).status == 200
+    store.fault = StoreUnavailableError("away")
+    with structlog.testing.capture_logs():
+        clock.advance(4.9)
+        assert (await drive(app, headers={"x-api-key": KEY})).status == 200
+        clock.advance(0.1)
+        for _ in range(3):
+            unavailable(await drive(app, headers={"x-api-key": KEY}))
+    store.fault = None
+    assert (await drive(app, headers={"x-api-key": KEY})).status == 200
+
+
+async def test_a_store_by_its_url_is_shared_and_closed_with_the_application(tmp_path):
+    url = f"sqlite:///{tmp_path}/keys.db"
+    first, second = make_auth(store=url), make_auth(store=url, realm="other")
+    assert first.store is second.store and isinstance(first.store, SqliteApiKeyStore)
+    keys = ApiKeys(first.store, pepper=PEPPER)
+    plain, _ = await keys.new("job")
+    app = make_app(first, clock=SYSTEM_CLOCK)
+    assert (await drive(app, headers={"x-api-key": plain.get_secret_value()})).body == b"job"
+    await app.aclose()
+    assert (await keys.list())[0].last_used == pytest.approx(SYSTEM_CLOCK.time(), abs=5)
+
+
+@pytest.mark.parametrize("url", ["keys.db", "sqlite:keys.db", "sqlite://canary/keys.db", "file:", "http://canary@x"])
+def test_a_url_that_names_no_store_says_which_do(url):
+    with pytest.raises(ValidationError, match=r"sqlite:///|file:keys") as caught:
+        make_auth(store=url)
+    assert "canary" not in str(caught.value)
 
 
 async def test_a_file_that_grows_is_noticed_within_a_second(tmp_path):
@@ -295,6 +499,7 @@ async def test_two_in_one_stack_act_once():
         ({"scheme": "Api Key"}, "5.6.2"),
         ({"realm": ""}, "6750"),
         ({"query": True}, "query"),
+        ({"deadline": 0}, "deadline"),
     ],
     ids=lambda value: str(value)[:24],
 )

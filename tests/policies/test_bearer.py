@@ -3,6 +3,7 @@
 import json
 import logging
 
+import anyio
 import jwt
 import pytest
 from hypothesis import given
@@ -22,10 +23,13 @@ from sigil_policy.core.problems import DEFAULT_STYLE, Problem, Reply
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.identity.api_keys import MemoryApiKeyStore, new_key
 from sigil_policy.identity.challenges import Challenges
+from sigil_policy.identity.issuers import Issuer
+from sigil_policy.identity.key_sets import KeysUnavailableError
 from sigil_policy.policies.api_key import ApiKeyAuth
 from sigil_policy.policies.bearer import BearerAuth
 from sigil_policy.testing import FrozenClock, drive
 from tests.identity.material import (
+    AUDIENCE,
     NOW,
     SECRET,
     b64,
@@ -36,6 +40,7 @@ from tests.identity.material import (
     sign,
     token,
 )
+from tests.identity.provider import Pair, Provider
 
 pytestmark = pytest.mark.anyio
 
@@ -401,3 +406,307 @@ def test_any_signed_claims_get_an_answer(claims):
     answer = FUZZED.on_request(ex)
     assert (answer is None) == (ex.principal is not None)
     assert answer is None or answer.status == 401
+
+
+# --- keys that are fetched -------------------------------------------------------------------------------------------
+
+A, B, C = Pair("a"), Pair("b"), Pair("c")
+LASTING = {"exp": int(NOW) + 1_000_000}
+
+
+class Service:
+    """An application behind `BearerAuth`, its clock, and the provider of its keys."""
+
+    def __init__(self, *pairs, issuers=None, app=whoami, **options) -> None:
+        self.provider = Provider(*(pairs or (A,)))
+        self.clock = FrozenClock(NOW)
+        self.policy = BearerAuth(issuers=issuers or [self.provider.issuer(**options)])
+        self.app = make_app(self.policy, app=app, clock=self.clock)
+
+    async def ask(self, presented: bytes, **options):
+        return await drive(self.app, headers=bearer(presented), **options)
+
+    async def status(self, presented: bytes) -> int:
+        return (await self.ask(presented)).status
+
+    def answer(self, presented: bytes):
+        """What `on_request` returns for it, not waited for."""
+        headers = [(b"authorization", b"Bearer " + presented)]
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+        return self.policy.on_request(Exchange(scope, None, self.clock, PLAIN, DEFAULT_STYLE))
+
+
+def unavailable(sent, wait):
+    assert sent.status == 503
+    assert sent.json()["error_code"] == "AUTH_008"
+    assert sent.header("retry-after") == str(wait)
+    assert sent.json()["retry_after"] == wait
+    assert sent.header_lines("www-authenticate") == []
+
+
+async def test_the_first_token_makes_the_keys_be_fetched():
+    service = Service()
+    for _ in range(3):
+        sent = await service.ask(A.token())
+        assert sent.json() == {"subject": "user_123", "named": True}
+    assert service.provider.fetches == 1
+
+
+async def test_with_the_keys_there_nothing_is_waited_for():
+    service = Service()
+    await service.policy.fetch_keys(service.clock)
+    assert service.answer(A.token()) is None
+    assert service.answer(A.token()[:-4] + b"AAAA").status == 401
+    assert service.answer(A.token(exp=int(NOW) - 1)).status == 401
+
+
+async def test_tokens_that_would_be_refused_anyway_ask_nobody():
+    """No fetch, and no 503, for what no key could make good."""
+    service = Service()
+    await service.policy.fetch_keys(service.clock)
+    b = [
+        B.token(exp=int(NOW) - 1),
+        B.token(iss="https://evil.example"),
+        B.token(aud="other"),
+        B.token(nbf=int(NOW) + 60),
+        B.token(header={"typ": "logout+jwt"}),
+        B.token(header={"crit": ["exp"]}),
+        B.token(header={"alg": "HS256"}),
+        B.token(header={"alg": "none"}),
+        B.token(header={"kid": "k" * 257}),
+        B.token(header={"kid": 7}),
+    ]
+    for presented in b:
+        assert service.answer(presented).status == 401
+    assert service.provider.fetches == 1
+
+
+async def test_a_rotation_costs_no_request():
+    """JK-07: the new key at once, the old one no more, tokens that were remembered included."""
+    service = Service()
+    assert await service.status(A.token(**LASTING)) == 200
+    service.provider.publish(A, B)
+    assert await service.status(B.token()) == 200
+    assert await service.status(A.token(**LASTING)) == 200
+    service.provider.publish(C)
+    assert await service.status(C.token()) == 200
+    for retired in (A, B):
+        refused(await service.ask(retired.token(**LASTING)), 401, "AUTH_002", INVALID)
+
+
+async def test_a_rotation_costs_no_large_request():
+    service = Service()
+    await service.status(A.token())
+    service.provider.publish(B)
+    assert await service.status(B.token(groups=[{"id": number} for number in range(100)])) == 200
+
+
+async def test_a_key_that_a_scheduled_refresh_retires_verifies_nothing_from_then_on():
+    service = Service()
+    await service.status(A.token(**LASTING))
+    service.provider.publish(B)
+    service.clock.advance(480)
+    assert await service.status(A.token(**LASTING)) == 200, "nobody waits; the refresh follows the response"
+    assert service.provider.fetches == 2
+    assert await service.status(A.token(**LASTING)) == 401
+
+
+async def test_no_request_waits_for_a_refresh_while_the_keys_are_good():
+    service = Service()
+    await service.status(A.token(**LASTING))
+    service.clock.advance(480)
+    service.provider.hold = anyio.Event()
+    answered = anyio.Event()
+
+    async def send(message) -> None:
+        if message["type"] == "http.response.body":
+            answered.set()
+
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+    scope["headers"] = [(b"authorization", b"Bearer " + A.token(**LASTING))]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(service.app, scope, None, send)
+        with anyio.fail_after(5):
+            await answered.wait()
+        await anyio.wait_all_tasks_blocked()
+        assert service.provider.fetches == 2
+        for _ in range(20):
+            assert await service.status(A.token(**LASTING)) == 200
+        assert service.provider.fetches == 2, "one refresh for all"
+        service.provider.hold.set()
+
+
+async def test_an_outage_beyond_the_bound_is_a_503_and_heals():
+    """JK-08: longer than the cache, and than `max_stale`; also for tokens that were remembered."""
+    service = Service(max_stale=3_600)
+    await service.status(A.token(**LASTING))
+    service.provider.down = True
+    for _ in range(40):
+        service.clock.advance(100)
+        assert await service.status(A.token(**LASTING)) == 200
+    service.clock.advance(200)
+    unavailable(await service.ask(A.token(**LASTING)), 5)
+    service.provider.down = False
+    service.clock.advance(5)
+    assert await service.status(A.token(**LASTING)) == 200
+
+
+async def test_without_the_provider_at_the_start_tokens_get_a_503_and_others_are_served():
+    service = Service()
+    service.provider.down = True
+    unavailable(await service.ask(A.token()), 5)
+    assert (await drive(service.app)).status == 200
+    assert await service.status(b"opaque") == 401
+    assert service.provider.fetches == 1
+    with pytest.raises(KeysUnavailableError):
+        await service.policy.fetch_keys(service.clock)
+    service.provider.down = False
+    service.clock.advance(5)
+    await service.policy.fetch_keys(service.clock)
+    assert await service.status(A.token()) == 200
+
+
+async def test_an_initial_set_serves_at_the_start():
+    service = Service(initial={"keys": [A.jwk()]})
+    service.provider.down = True
+    assert await service.status(A.token(**LASTING)) == 200
+    unavailable(await service.ask(B.token()), 5)
+    service.provider.down = False
+    service.clock.advance(5)
+    assert await service.status(A.token(**LASTING)) == 200
+    assert service.provider.fetches == 2
+    assert await service.status(B.token()) == 401
+
+
+async def test_ten_thousand_invented_ids_cost_a_burst_and_lock_nobody_out():
+    """JK-06: 503 with Retry-After while no fetch is allowed; a rotation in the flood is accepted within a cool-down."""
+    service = Service()
+    await service.status(A.token(**LASTING))
+    statuses = set()
+    forged = B.token(**LASTING).split(b".")
+    rotated = accepted = None
+    for number in range(10_000):
+        header = b64(json.dumps({"alg": "ES256", "kid": f"invented-{number}"}))
+        answer = service.answer(b".".join([header, *forged[1:]]))
+        if answer is not None and not isinstance(answer, Problem):
+            answer = await answer
+        statuses.add(answer.status)
+        service.clock.advance(0.01)
+        if number == 3_333:
+            service.provider.publish(A, C)
+            rotated = service.clock.time()
+        if rotated is not None and accepted is None and number % 50 == 0:
+            sent = await service.ask(C.token(**LASTING))
+            assert sent.status in (200, 503)
+            accepted = service.clock.time() if sent.status == 200 else None
+    assert statuses == {401, 503}
+    assert accepted - rotated <= 31
+    assert service.provider.fetches <= 1 + 3 + 100 // 30 + 1
+    assert await service.status(A.token(**LASTING)) == 200
+
+
+async def test_an_unknown_key_is_told_to_wait_and_refused_when_it_is_known_not_to_exist():
+    service = Service()
+    await service.status(A.token(**LASTING))
+    for number in range(3):
+        invented = B.token(header={"kid": f"invented-{number}"}, **LASTING)
+        for _ in range(2):
+            refused(await service.ask(invented), 401, "AUTH_002", INVALID)
+    assert service.provider.fetches == 4
+    unavailable(await service.ask(B.token(**LASTING)), 30)
+    service.clock.advance(30)
+    refused(await service.ask(B.token(**LASTING)), 401, "AUTH_002", INVALID)
+    assert service.provider.fetches == 5
+
+
+async def test_a_hundred_requests_share_the_first_fetch():
+    service = Service()
+    service.provider.hold = anyio.Event()
+    statuses = []
+
+    async def ask() -> None:
+        statuses.append(await service.status(A.token()))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(100):
+            tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        service.provider.hold.set()
+    assert statuses == [200] * 100
+    assert service.provider.fetches == 1
+
+
+async def test_each_issuer_has_its_own_keys():
+    """JW-16: also where both publish a key of the same name, and one of them rotates to it."""
+    one, two = Provider(Pair("k"), url="https://one.example"), Provider(url="https://two.example")
+    k_one, k_two = Pair("k"), Pair("k")
+    one.publish(k_one)
+    two.publish(B)
+    service = Service(issuers=[p.issuer(f"{p.url}/jwks.json") for p in (one, two)])
+    await service.policy.fetch_keys(service.clock)
+    assert await service.status(k_one.token(iss=one.url)) == 200
+    assert await service.status(k_one.token(iss=two.url)) == 401
+    two.publish(k_two)
+    service.clock.advance(30)
+    assert await service.status(k_two.token(iss=two.url)) == 200, "the key of that name at the other is not asked"
+    assert await service.status(k_two.token(iss=one.url)) == 401
+    assert await service.status(k_one.token(iss=two.url)) == 401
+    assert (await service.ask(k_one.token(iss=one.url))).status == 200
+
+
+async def test_an_issuer_that_is_away_takes_no_other_with_it():
+    away = Provider(B, url="https://away.example")
+    away.down = True
+    service = Service(issuers=[make_issuer(make_key("HS256")), away.issuer(f"{away.url}/jwks.json")])
+    assert await service.status(token()) == 200
+    unavailable(await service.ask(B.token(iss=away.url)), 5)
+    assert await service.status(token()) == 200
+
+
+async def test_a_websocket_is_refused_and_accepted_alike():
+    service = Service()
+    service.provider.down = True
+    sent = await service.ask(A.token(), kind="websocket")
+    assert sent.status == 503
+    assert not any(message["type"] == "websocket.accept" for message in sent.messages)
+    service.provider.down = False
+    service.clock.advance(5)
+    sent = await service.ask(A.token(), kind="websocket")
+    assert sent.header("x-user") == "user_123"
+
+
+async def test_policies_that_share_an_issuer_share_its_keys():
+    provider = Provider(A)
+    issuer = provider.issuer()
+    app = make_app(BearerAuth(issuers=[issuer]), BearerAuth(issuers=[issuer]))
+    assert (await drive(app, headers=bearer(A.token()))).status == 200
+    assert provider.fetches == 1
+
+
+async def test_the_stack_closes_what_fetches():
+    service = Service()
+    await service.status(A.token())
+    await service.app.aclose()
+    assert service.provider.closed == 1
+
+
+async def test_discovery_from_the_outside():
+    provider = Provider(A)
+    keys = provider.keys(None)
+    policy = BearerAuth(issuers=[Issuer(url=provider.url, audience=AUDIENCE, keys=keys)])
+    app = make_app(policy)
+    assert (await drive(app, headers=bearer(A.token()))).status == 200
+    assert provider.hits == ["/.well-known/openid-configuration", "/jwks.json"]
+
+
+async def test_nothing_of_the_provider_is_in_a_problem():
+    service = Service()
+    service.provider.down = True
+    sent = await service.ask(A.token())
+    assert "auth.sigil" not in sent.body.decode()
+    assert "canary" not in sent.body.decode()
+
+
+def test_a_policy_with_configured_keys_has_no_hook_at_the_end():
+    assert make_bearer().on_finish is None
+    assert list(make_bearer().resources()) == []
