@@ -86,6 +86,7 @@ class Fallback:
         self._busy = False
         self._clock: Clock = SYSTEM_CLOCK
         self._asleep_until = 0.0
+        self._armed = False
         restored = getattr(store, "on_restored", None)
         if restored is not None:
             restored(self._restored)
@@ -105,6 +106,11 @@ class Fallback:
         """The store was asked and is away: it is left alone for a while."""
         self._clock = clock
         self._asleep_until = clock.monotonic() + error.retry_after
+        # Also in a process that nobody asks anything any more: a reservation that waits here is kept alive by it.
+        later = getattr(self.store, "call_later", None)
+        if later is not None and not self._armed:
+            self._armed = True
+            later(error.retry_after, self._again)
 
     def share(self, face: Face) -> Face:
         """`face` with the limits of one process."""
@@ -154,6 +160,11 @@ class Fallback:
     def unsettled(self, lease: Lease, used: tuple[int, ...]) -> None:
         """Settle `lease` once the store is back."""
         self._unsettled.append((lease, used))
+
+    async def _again(self) -> None:
+        self._armed = False
+        if self.pending(self._clock):
+            await self.reconcile(self._clock, 2 * _REMEMBERED, 60.0)
 
     async def _restored(self) -> None:
         self._asleep_until = 0.0

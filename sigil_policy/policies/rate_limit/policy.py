@@ -615,9 +615,9 @@ class RateLimit(Policy):
         try:
             await charged
         except StoreUnavailableError as lost:
+            # Rather once too often than never: what was used is used. It is told once more, and then no more.
             self._fallback.lost(lost, ex.clock)
-            if lost.unsent:
-                self._fallback.owe(face, key, amounts, ex.clock.time())
+            self._fallback.owe(face, key, amounts, ex.clock.time())
 
     def _owe(self, ex: Exchange, face: Face, key: Any, used: tuple[int, ...], told: tuple[int, ...]) -> None:
         """What a settlement without the store changes of what the store is to be told."""
