@@ -6,7 +6,8 @@
 each request of the longest window, 16 for each request that spent tokens.
 
 Headers: `reset` is when the window would be empty again if no more requests came; when nothing remains, when the
-oldest request leaves it.
+oldest request leaves it. Where more than 512 that spent tokens would have to leave it, it is when all have: never too
+early.
 
 The log of a caller is one `bytearray`, from which ended requests are cut off in front as new ones come behind.
 """
@@ -24,6 +25,8 @@ from sigil_policy.stores.memory.callers import MAX_CALLERS, MOST, Logs, MemoryLi
 _new = tuple.__new__
 _ONE = Struct("d")
 _TWO = Struct("dd")
+# So many entries are read to say when tokens come back: nobody's large request costs the others more.
+_WALKED = 512
 
 
 class _Spent:
@@ -85,13 +88,17 @@ class _Spent:
         return 0
 
     def free(self, key: str, amount: int, now: float) -> float:
-        """When `amount` of what was spent will have left the window; if it is more, when all of it has."""
+        """When `amount` of what was spent will surely have left the window.
+
+        Exactly then, if that is seen in the oldest entries; else, and if it is more than there is, when all of it has.
+        """
         log = self.callers.get(key)
         if log is None or len(log) == 8:
             return now + self.seconds
         with memoryview(log) as whole, whole[8:].cast("d") as pairs:
-            index = bisect_left(list(accumulate(pairs[1::2])), amount)
-            return float(pairs[2 * min(index, len(pairs) // 2 - 1)]) + self.seconds
+            sums = list(accumulate(pairs[1 : 2 * _WALKED : 2]))
+            index = bisect_left(sums, amount)
+            return float(pairs[2 * index if index < len(sums) else -2]) + self.seconds
 
     def _ended(self, log: bytearray) -> bool:
         return len(log) == 8 or _TWO.unpack_from(log, len(log) - 16)[0] <= self.now - self.seconds

@@ -83,7 +83,9 @@ class Address:
     @staticmethod
     def parse(url: str) -> "Address":
         """Read a URL. Raises `ValueError` if it is none of those above."""
-        scheme, _, rest = url.partition("://")
+        scheme, slashes, rest = url.partition("://")
+        if not slashes:
+            _refuse("has no scheme, or no '://' behind it")
         base, _, form = scheme.lower().partition("+")
         if base == "unix" and not form:
             base, form = "redis", "unix"

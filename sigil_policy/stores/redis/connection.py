@@ -105,6 +105,8 @@ class Connection(asyncio.Protocol):
         "closed",
         "endpoint",
         "pending",
+        "probed",
+        "probed_at",
         "quiet_since",
         "retired_at",
     )
@@ -112,6 +114,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, endpoint: Endpoint, owner: Owner, loop: asyncio.AbstractEventLoop, max_reply: int) -> None:
         self.endpoint = endpoint
         self.pending: deque[Run] = deque()
+        self.probed: Run | None = None
+        self.probed_at = 0.0
         self.closed = False
         self.retired_at = 0.0
         self.quiet_since = 0.0
@@ -233,8 +237,12 @@ async def connect(
     *,
     max_reply: int,
     credentials: Credentials | None = None,
+    probe: tuple[Argument, ...] = (),
 ) -> Connection:
-    """Connect and log in. Raises `OSError` (no way there) or `ServerError` (not let in); leaves nothing behind then."""
+    """Connect and log in. Raises `OSError` (no way there) or `ServerError` (not let in); leaves nothing behind then.
+
+    `probe` is a command that goes out with the login; `connection.probed` is its answer.
+    """
     loop = asyncio.get_running_loop()
     connection = Connection(endpoint, owner, loop, max_reply)
     who = address.credentials if credentials is None else credentials
@@ -243,14 +251,18 @@ async def connect(
             await loop.create_unix_connection(lambda: connection, endpoint.path)
         else:
             await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=address.tls)
-        await _log_in(connection, who, address, select=credentials is None)
+        await _log_in(connection, who, address, probe, select=credentials is None)
     except BaseException:
+        if connection.probed is not None:
+            connection.probed.cancel()
         connection.drop("given up while connecting")
         raise
     return connection
 
 
-async def _log_in(connection: Connection, who: Credentials, address: Address, *, select: bool) -> None:
+async def _log_in(
+    connection: Connection, who: Credentials, address: Address, probe: tuple[Argument, ...], *, select: bool
+) -> None:
     commands: list[tuple[Argument, ...]] = []
     if who.password:
         commands.append((b"AUTH", who.username, who.password) if who.username else (b"AUTH", who.password))
@@ -259,6 +271,9 @@ async def _log_in(connection: Connection, who: Credentials, address: Address, *,
     # Our name is a courtesy, which a server may refuse; that there is an answer is what counts.
     commands.append((b"CLIENT", b"SETNAME", address.client_name))
     answers = [connection.ask(*command) for command in commands]
+    if probe:
+        connection.probed = connection.ask(*probe)
+        connection.probed_at = connection.quiet_since
     try:
         await asyncio.wait(answers)
     finally:

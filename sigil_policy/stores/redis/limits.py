@@ -20,25 +20,28 @@ Guarantees:
 * **Who stops waiting leaves nothing behind.** An admission whose answer finds nobody is taken back, requests and
   lease. If the connection broke before the answer, the lease lapses and the request stays counted.
 * **A flood costs the server nothing.** Who was refused by a window of requests is refused in this process until that
-  window admits that cost, by the local monotonic clock; it is told of the windows of requests then. Nothing is
-  remembered of a refusal for tokens: they may come back.
+  window admits that cost, by the local monotonic clock; it is told of the windows as they were then. Nothing is
+  remembered of a refusal for tokens (they may come back), of one whose wait is not exact ("sliding", where more than
+  512 entries would have to leave), and of a caller who comes with another tier meanwhile.
 * **No key lives for ever**, and none says who the caller is: names are digests of one length, so any string is a name.
   A plain digest of a name that can be guessed (an address, a short number) can be guessed as well: give a `digest_key`
   where the server's operators must not know the callers. The same callers need the same key in all processes.
 * **Another tier starts from what was used**: use is kept for each measure (`Window.measure`). Only another algorithm
-  starts anew. A level keeps its use under the last level of the plan: a user who moves to another organisation has a
-  new budget there.
+  starts anew.
+* **A caller has one budget**, whatever the levels above. Not so in a cluster, where all keys of a call must be on one
+  node: there a caller's own windows are kept per organisation (per last level of the plan), so a user with tokens for
+  four organisations has their own limit four times.
 
-Keys are `sigil:1:f:{digest}`: the prefix, the version of the format, the algorithm, the last level's digest, and, for
-other levels, theirs behind it. All keys of a call share the hash tag in braces, as clusters demand.
+Keys are `sigil:1:f:{digest}`: the prefix, the version of the format, the algorithm, the digest of the name. In a
+cluster the digest in braces, the hash tag of a call, is the last level's, and other levels have theirs behind it.
 """
 
 import asyncio
 import contextvars
 import os
 from base64 import urlsafe_b64encode
-from collections.abc import Awaitable, Callable
-from functools import cache
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import cache, partial
 from hashlib import blake2b
 from importlib.resources import files
 from itertools import count, islice
@@ -52,14 +55,18 @@ from pydantic import SecretStr
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.stores.limits import Algorithm, Decision, Key, Lease, Plan
-from sigil_policy.stores.redis.link import RedisLink, Script
+from sigil_policy.stores.redis.link import RedisLink, Script, readable
 
 _FORMAT = 1
 _MICROSECONDS = 1_000_000
 _PLANS = 10_000
+# The refusals of so many different costs are remembered of a caller.
+_COSTS = 32
 _MOST = 999_999_999_999_999
-# So many leases are renewed by one call: the server is not held up for longer than by some requests.
+# So many leases are renewed by one call: the server is not held up for longer than by some requests. And so many in one
+# turn of the loop, which is not held up either.
 _RENEWED = 100
+_SLICE = 200
 _SHORTEST_LEASE, _LONGEST_LEASE = 0.1, 86_400.0
 
 _UNITS = {"requests": "r", "tokens": "t", "input-tokens": "i", "output-tokens": "o"}
@@ -161,9 +168,6 @@ class _View:
         self.packed = Struct(f"<{len(numbers)}d").pack(*numbers)
 
 
-_Who = tuple[Plan, tuple[bytes, ...], int]
-
-
 class _Denial(NamedTuple):
     """A refusal by windows of requests: until when it holds, and when it was heard (monotonic)."""
 
@@ -172,15 +176,27 @@ class _Denial(NamedTuple):
     heard: float
 
 
-class _Heart:
-    """The open leases of one event loop, and the timer that says they are alive."""
+class _Denied(NamedTuple):
+    """The refusals of one caller by one plan."""
 
-    __slots__ = ("leases", "timer")
+    plan: Plan
+    by_cost: dict[int, _Denial]
+
+
+class _Heart:
+    """The open leases of one event loop, and the timer that says they are alive.
+
+    `due` are the names of those to say it of now, and `unanswered` is how many calls do so just now.
+    """
+
+    __slots__ = ("due", "leases", "timer", "unanswered")
 
     def __init__(self) -> None:
         # A lease that its owner has forgotten is not renewed: it lapses.
         self.leases: WeakValueDictionary[bytes, _Lease] = WeakValueDictionary()
         self.timer: asyncio.TimerHandle | None = None
+        self.due: list[bytes] = []
+        self.unanswered = 0
 
 
 class RedisLimits:
@@ -198,7 +214,8 @@ class RedisLimits:
         deadline: how long a call may take, in seconds (default 0.05); only with a URL, a link has its own.
 
     Raises `ValueError` for an option that cannot be. Calls raise `StoreUnavailableError` when the server does not
-    answer in time, and nothing else.
+    answer in time, or with something that is no decision, and nothing else; a cost or an amount that is no integer from
+    0 to 10^15 - 1 is a `ValueError` (more than that was used counts as that).
     """
 
     remote = True
@@ -232,7 +249,7 @@ class RedisLimits:
         self._hash = blake2b(digest_size=18, key=secret, person=b"sigil limits")
         self._monotonic = clock.monotonic
         self._views: dict[Plan, _View] = {}
-        self._denials: dict[_Who, _Denial] = {}
+        self._denials: dict[tuple[bytes, ...], _Denied] = {}
         self._hearts: dict[asyncio.AbstractEventLoop, _Heart] = {}
 
     def __repr__(self) -> str:
@@ -241,6 +258,10 @@ class RedisLimits:
     def on_restored(self, callback: Callable[[], Any]) -> None:
         """Call `callback` whenever the server is back after it was away; see `RedisLink.on_restored`."""
         self.link.on_restored(callback)
+
+    def call_later(self, delay: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do `work` in `delay` seconds; see `RedisLink.call_later`."""
+        self.link.call_later(delay, work)
 
     async def aclose(self) -> None:
         """Close the link, also for others who share it, and stop renewing the leases of this event loop.
@@ -262,35 +283,45 @@ class RedisLimits:
         """Decide one request, as `LimitStore.admit` says."""
         view = self._views.get(plan) or self._view(plan)
         keys = self._keys(key, plan, view)
-        denial = self._denials.get((plan, keys, cost))
-        if denial is not None:
-            decision = self._denied(denial, plan, key)
-            if decision is not None:
-                return decision
-            self._denials.pop((plan, keys, cost), None)
+        known = self._denials.get(keys)
+        if known is not None:
+            denial = known.by_cost.get(cost) if known.plan is plan else None
+            if denial is not None:
+                decision = self._denied(denial, plan, key)
+                if decision is not None:
+                    return decision
+                known.by_cost.pop(cost, None)
+            elif known.plan is not plan:
+                # What another tier spends now, the refusal does not know of.
+                self._denials.pop(keys, None)
         name = b""
+        _check_numbers((cost,))
         if estimate is None:
             asked = view.admit(cost, 0, *view.nothing)
         else:
             _check(plan, estimate)
+            _check_numbers(estimate)
             asked = view.admit(cost, 1, *estimate)
             if estimate:
                 name = b"=" + os.urandom(12)
 
-        def undo(reply: list[Any]) -> None:
-            if reply[0]:
+        def undo(reply: Any) -> None:
+            # Of a reply that cannot be read nobody knows what to undo: what it reserved lapses.
+            if readable(reply, 2 + 2 * view.windows, text=True) and reply[0] > 0:
                 note = reply[2 + 2 * view.windows :]
                 args = [view.packed, _pack(cost, reply[1]), name, *view.names, *note]
                 self.link.send(view.scripts["undo"], keys, args)
 
         args = [view.packed, asked, name, *view.names]
         reply = await self.link.run(view.scripts["admit"], keys, args, abandoned=undo)
+        if not readable(reply, 2 + 2 * view.windows, text=True):
+            raise self.link.unreadable()
         end = 2 + view.windows
         at = reply[1] / _MICROSECONDS
         lefts = reply[2:end]
         remaining = tuple([left if left > 0 else 0 for left in lefts])  # noqa: FURB136  a call costs four times as much
         resets = tuple([moment / _MICROSECONDS for moment in reply[end : end + view.windows]])
-        if reply[0]:
+        if reply[0] > 0:
             lease = None
             if estimate is not None:
                 lease = _Lease(key, plan, estimate, at, keys, name)
@@ -300,11 +331,14 @@ class RedisLimits:
         refused = [i for i, limit in enumerate(view.limits) if cost and lefts[i] < min(cost, limit)]
         by_requests = len(refused)
         refused += [i for i, amount in enumerate(estimate or (), view.requests) if lefts[i] < (amount or 1)]
+        if not refused:
+            raise self.link.unreadable()
         refused.sort(key=resets.__getitem__, reverse=True)
         wait = (reply[end + refused[0]] - reply[1]) / _MICROSECONDS
         decision = Decision(False, remaining, resets, key, at, None, tuple(refused), wait)
-        if by_requests and self.denial_cache:
-            self._remember((plan, keys, cost), decision)
+        # Below 0 it is by something else than an exact wait: who asks again may be admitted sooner.
+        if by_requests and not reply[0] and self.denial_cache:
+            self._remember(keys, plan, cost, decision)
         return decision
 
     async def extend(self, lease: Lease, more: tuple[int, ...], now: float = 0.0) -> tuple[int, ...] | None:
@@ -313,16 +347,20 @@ class RedisLimits:
         If it raises, nobody knows whether it is reserved: the settlement gives back what is too much.
         """
         lease, view = self._known(lease, more)
+        _check_numbers(more)
         if lease.settled:
             return None
         if not more:
             return ()
         reply = await self._run("extend", view, lease.keys, _pack(*more, *lease.reserved), lease.name)
-        if not reply[0]:
+        if readable(reply, 2) and not reply[0]:
             return None
+        left = self._remaining(reply, view)
+        if not reply[0]:
+            raise self.link.unreadable()
         # Others may have been extended at once.
         lease.reserved = tuple([had + new for had, new in zip(lease.reserved, more, strict=True)])
-        return _remaining(reply)
+        return left
 
     async def settle(self, lease: Lease, used: tuple[int, ...], now: float = 0.0) -> tuple[int, ...]:
         """Replace the reservation of `lease` by what was `used`, as `LimitStore.settle` says.
@@ -331,25 +369,27 @@ class RedisLimits:
         once.
         """
         lease, view = self._known(lease, used)
+        used = _counted(used)
         if not used:
             lease.settled = True
             return ()
         first = not lease.tried
         lease.tried = True
-        asked = _pack(first, *_counted(used), *lease.reserved)
+        asked = _pack(first, *used, *lease.reserved)
         try:
             reply = await self._run("settle", view, lease.keys, asked, lease.name)
         except asyncio.CancelledError:
             # Who waited is gone, perhaps before it was sent; what was used is used. Charged once, also if it was sent.
-            again = _pack(False, *_counted(used), *lease.reserved)
+            again = _pack(False, *used, *lease.reserved)
             self.link.send(view.scripts["settle"], lease.keys, [view.packed, again, lease.name, *view.names])
             lease.settled = True
             raise
+        left = self._remaining(reply, view)
         lease.settled = True
         heart = self._hearts.get(asyncio.get_running_loop())
         if heart is not None:
             heart.leases.pop(lease.name, None)
-        return _remaining(reply)
+        return left
 
     async def charge(self, key: Key, plan: Plan, amounts: tuple[int, ...], now: float = 0.0) -> tuple[int, ...]:
         """Count what has happened already, as `LimitStore.charge` says.
@@ -359,10 +399,16 @@ class RedisLimits:
         view = self._views.get(plan) or self._view(plan)
         if len(amounts) != view.windows:
             raise ValueError(f"plan {plan.name!r} has {view.windows} windows: {amounts} must have so many numbers")
-        return _remaining(await self._run("charge", view, self._keys(key, plan, view), _pack(*_counted(amounts)), b""))
+        asked = _pack(*_counted(amounts))
+        return self._remaining(await self._run("charge", view, self._keys(key, plan, view), asked, b""), view)
 
     def _run(self, operation: str, view: _View, keys: tuple[bytes, ...], asked: bytes, name: bytes) -> Awaitable[Any]:
         return self.link.run(view.scripts[operation], keys, [view.packed, asked, name, *view.names])
+
+    def _remaining(self, reply: Any, view: _View) -> tuple[int, ...]:
+        if not readable(reply, 2 + view.tokens):
+            raise self.link.unreadable()
+        return tuple([max(left, 0) for left in reply[2:]])
 
     # Plans and keys.
 
@@ -394,8 +440,11 @@ class RedisLimits:
                     f"plan {plan.name!r}: two levels have the same key and would count a request twice; "
                     "put the name of the level in front of it"
                 )
-            root = view.head + self._digest(key[-1]) + b"}"
-            keys = (*[root + b":" + self._digest(name) for name in key[:-1]], root)
+            if self.link.clustered:
+                root = view.head + self._digest(key[-1]) + b"}"
+                keys = (*[root + b":" + self._digest(name) for name in key[:-1]], root)
+            else:
+                keys = tuple([view.head + self._digest(name) + b"}" for name in key])
         if view.log:
             keys = tuple([each for hash_ in keys for each in (hash_, hash_ + b":log")])
         return keys
@@ -432,48 +481,98 @@ class RedisLimits:
     def _beat(self, heart: _Heart, loop: asyncio.AbstractEventLoop) -> None:
         """Renew what is due, and say when to do it next."""
         heart.timer = None
+        if heart.unanswered:
+            # What runs yet says when it ends.
+            return
         now = loop.time()
-        leases = list(heart.leases.values())
         # What is due soon goes along.
-        self._renew([lease for lease in leases if now >= lease.seen + lease.period * 0.3], now)
-        if leases:
-            self._set(heart, loop, min([lease.seen + lease.period / 3 for lease in leases]))
+        heart.due += [lease.name for lease in heart.leases.values() if now >= lease.seen + lease.period * 0.3]
+        self._renew(heart, loop)
 
     def renew(self) -> None:
-        """Say of all leases that are open in this event loop that they are alive, now rather than in time."""
+        """Say of all leases that are open in this event loop that they are alive, now rather than in time.
+
+        Some are sent in this turn of the loop, the rest when these are answered.
+        """
         loop = asyncio.get_running_loop()
         heart = self._hearts.get(loop)
         if heart is not None:
-            self._renew(list(heart.leases.values()), loop.time())
+            heart.due = list(heart.leases)
+            if not heart.unanswered:
+                self._renew(heart, loop)
 
-    def _renew(self, leases: list[_Lease], now: float) -> None:
+    def _renew(self, heart: _Heart, loop: asyncio.AbstractEventLoop) -> None:
+        """Send some of what is due. The rest waits for the answers: requests go between, and find room."""
         by_keys: dict[tuple[bytes, ...], list[bytes]] = {}
-        for lease in leases:
-            lease.seen = now
-            by_keys.setdefault(lease.hashes, []).append(lease.name)
+        some = min(_SLICE, max(self.link.max_in_flight // 2, 1))
+        while heart.due and not by_keys:
+            for name in heart.due[:some]:
+                lease = heart.leases.get(name)
+                if lease is not None:
+                    by_keys.setdefault(lease.hashes, []).append(name)
+            del heart.due[:some]
+        now = loop.time()
         for keys, names in by_keys.items():
             for at in range(0, len(names), _RENEWED):
-                self.link.send(_renewal(), keys, names[at : at + _RENEWED])
+                part = names[at : at + _RENEWED]
+                heart.unanswered += 1
+                sent = self.link.send(_renewal(), keys, part)
+                sent.add_done_callback(partial(self._renewed, heart, loop, part, now), context=contextvars.Context())
+        if not by_keys:
+            self._rest(heart, loop)
+
+    def _renewed(
+        self, heart: _Heart, loop: asyncio.AbstractEventLoop, names: list[bytes], now: float, sent: asyncio.Future[Any]
+    ) -> None:
+        heart.unanswered -= 1
+        if sent.cancelled():
+            # The store is away, or late: what is not renewed is tried again soon, and no more until then.
+            heart.due.clear()
+        else:
+            for name in names:
+                lease = heart.leases.get(name)
+                if lease is not None:
+                    lease.seen = now
+        if not heart.unanswered:
+            if heart.due:
+                self._renew(heart, loop)
+            else:
+                self._rest(heart, loop)
+
+    def _rest(self, heart: _Heart, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the timer for what is due next."""
+        leases = list(heart.leases.values())
+        if leases and self._hearts.get(loop) is heart:
+            # What failed is due already: tried a few times more before it lapses.
+            soon = loop.time() + min([lease.period for lease in leases]) / 10
+            self._set(heart, loop, max(soon, min([lease.seen + lease.period / 3 for lease in leases])))
 
     # Refusals that are known.
 
-    def _remember(self, who: _Who, decision: Decision) -> None:
-        requests = len(who[0].requests)
+    def _remember(self, keys: tuple[bytes, ...], plan: Plan, cost: int, decision: Decision) -> None:
+        requests = len(plan.requests)
         # Tokens may come back: of a refusal for both, that for requests is what is known to last.
         refused = tuple([index for index in decision.refused_by if index < requests])
         wait = decision.reset[refused[0]] - decision.at
         heard = self._monotonic()
-        if len(self._denials) >= self.denial_cache and who not in self._denials:
-            self._forget(heard)
+        known = self._denials.get(keys)
+        if known is None or known.plan is not plan:
+            if known is None and len(self._denials) >= self.denial_cache:
+                self._forget(heard)
+            known = self._denials[keys] = _Denied(plan, {})
+        elif len(known.by_cost) >= _COSTS:
+            known.by_cost.clear()
         # Without the caller's name, which may be long, and is nobody's business here.
-        self._denials[who] = _Denial(decision._replace(key="", refused_by=refused), heard + wait, heard)
+        known.by_cost[cost] = _Denial(decision._replace(key="", refused_by=refused), heard + wait, heard)
 
     def _forget(self, now: float) -> None:
         """Make room: the oldest goes, with others near it that have ended."""
         for who in list(islice(self._denials, 8)):
-            denial = self._denials.get(who)
-            if denial is not None and (denial.until <= now or len(self._denials) >= self.denial_cache):
-                self._denials.pop(who, None)
+            known = self._denials.get(who)
+            if known is not None:
+                ended = all(denial.until <= now for denial in tuple(known.by_cost.values()))
+                if ended or len(self._denials) >= self.denial_cache:
+                    self._denials.pop(who, None)
 
     def _denied(self, denial: _Denial, plan: Plan, key: Key) -> Decision | None:
         """What the server said, as it stands now; None when it must be asked again."""
@@ -508,9 +607,19 @@ def _pack(*numbers: float) -> bytes:
     return pack(f"<{len(numbers)}d", *numbers)
 
 
-def _counted(amounts: tuple[int, ...]) -> list[int]:
+def _check_numbers(amounts: tuple[int, ...]) -> None:
+    """Only whole numbers go to the server: whatever is compared with one that is none is false, and admitted."""
+    for amount in amounts:
+        if type(amount) is not int or not 0 <= amount <= _MOST:
+            raise ValueError(f"costs and amounts are integers from 0 to {_MOST}, not {str(amount)[:40]!r}")
+
+
+def _counted(amounts: tuple[int, ...]) -> tuple[int, ...]:
     """No report counts for more: it is the largest number that a header can say (RFC 9651 section 3.3.1)."""
-    return [min(amount, _MOST) for amount in amounts]
+    for amount in amounts:
+        if type(amount) is not int or amount < 0:
+            raise ValueError(f"amounts that were used are integers from 0 on, not {str(amount)[:40]!r}")
+    return tuple([min(amount, _MOST) for amount in amounts])
 
 
 def _check(plan: Plan, amounts: tuple[int, ...]) -> None:
@@ -518,7 +627,3 @@ def _check(plan: Plan, amounts: tuple[int, ...]) -> None:
         raise ValueError(
             f"plan {plan.name!r} has {len(plan.tokens)} token windows: {amounts} must have so many numbers"
         )
-
-
-def _remaining(reply: list[int]) -> tuple[int, ...]:
-    return tuple([max(left, 0) for left in reply[2:]])

@@ -139,7 +139,7 @@ class Line:
         address: Address,
         settings: Settings,
         loop: asyncio.AbstractEventLoop,
-        on_restored: list[Callable[[], Any]],
+        on_restored: list[Callable[[], Callable[[], Any] | None]],
         on_close: Callable[["Line", bool], None],
     ) -> None:
         self.address = address
@@ -266,10 +266,10 @@ class Line:
     def _refuse_excess(self, runs: list[Run]) -> None:
         for run in runs:
             self.counters.refused += 1
-            self.fail(run, f"more than {self.settings.max_in_flight} calls of the store are in flight")
+            self.fail(run, f"more than {self.settings.max_in_flight} calls of the store are in flight", unsent=True)
 
-    def fail(self, run: Run, reason: str, retry_after: float = 1.0) -> None:
-        """End a run without a reply."""
+    def fail(self, run: Run, reason: str, retry_after: float = 1.0, *, unsent: bool = False) -> None:
+        """End a run without a reply; `unsent` says that the server surely has not seen it."""
         if run.done():
             return
         self.counters.failures += 1
@@ -277,7 +277,7 @@ class Line:
             self.counters.lost += 1
             run.cancel()
         else:
-            run.set_exception(StoreUnavailableError(reason, retry_after))
+            run.set_exception(StoreUnavailableError(reason, retry_after, unsent=unsent))
 
     # Time.
 
@@ -339,7 +339,10 @@ class Line:
             self.spawn(self._tell())
 
     async def _tell(self) -> None:
-        for callback in tuple(self._on_restored):
+        for known in tuple(self._on_restored):
+            callback = known()
+            if callback is None:
+                continue
             try:
                 answer = callback()
                 if inspect.isawaitable(answer):

@@ -27,15 +27,30 @@ loop by itself, also in several threads, and may be used again after `aclose`.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from threading import Lock
+from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
+from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.redis.address import Address
 from sigil_policy.stores.redis.connection import Argument
 from sigil_policy.stores.redis.line import Counters, Line, Script, Settings
 
-__all__ = ["Counters", "RedisLink", "Script"]
+__all__ = ["Counters", "RedisLink", "Script", "readable"]
+
+
+def readable(reply: Any, length: int, *, text: bool = False) -> bool:
+    """Whether a reply is a list of so many integers, with `text` perhaps bytes behind them.
+
+    Something between, or another script under the same name, can answer anything.
+    """
+    if reply.__class__ is not list:
+        return False
+    if text and len(reply) == length + 1 and reply[-1].__class__ is bytes:
+        reply = reply[:-1]
+    return len(reply) == length and all(number.__class__ is int for number in reply)
 
 
 class RedisLink:
@@ -79,7 +94,7 @@ class RedisLink:
         self._lines: dict[asyncio.AbstractEventLoop, Line] = {}
         self._past = Counters()
         self._lock = Lock()
-        self._on_restored: list[Callable[[], Any]] = []
+        self._on_restored: list[Callable[[], Callable[[], Any] | None]] = []
 
     def __repr__(self) -> str:
         return f"RedisLink({str(self._address)!r}, deadline={self._settings.deadline})"
@@ -94,17 +109,27 @@ class RedisLink:
     ) -> Awaitable[Any]:
         """Run a script at the end of this turn of the loop; awaiting the answer gives the reply.
 
-        All `keys` share a hash tag. The reply is what the script returned: bytes, int, list or None. Raises
-        `StoreUnavailableError` at the deadline, on a broken connection, for an error that the server answered, or at
-        once while the store is away. `abandoned` gets the reply if nobody waits for it any more.
+        In a cluster all `keys` share a hash tag. The reply is what the script returned: bytes, int, list or None.
+        Raises `StoreUnavailableError` at the deadline, on a broken connection, for an error that the server answered,
+        or at once while the store is away. `abandoned` gets the reply if nobody waits for it any more.
         """
         line = self._lines.get(_loop()) or self._open()
         return line.ask(script, keys, args, abandoned, False)
 
-    def send(self, script: Script, keys: Sequence[bytes], args: Sequence[Argument]) -> None:
-        """Run a script, and don't wait for it. What fails is counted (`counters.lost`)."""
+    def send(self, script: Script, keys: Sequence[bytes], args: Sequence[Argument]) -> asyncio.Future[Any]:
+        """Run a script, and don't wait for it. What fails is counted (`counters.lost`).
+
+        The future is done when it was answered, and cancelled when it failed; nobody need look at it.
+        """
         line = self._lines.get(_loop()) or self._open()
-        line.ask(script, keys, args, None, True)
+        return line.ask(script, keys, args, None, True)
+
+    def unreadable(self) -> StoreUnavailableError:
+        """The error to raise for a reply that is not what the script returns; it is counted as one of the server."""
+        line = self._lines.get(_loop()) or self._open()
+        line.counters.errors += 1
+        line.counters.failures += 1
+        return StoreUnavailableError("the store answered something that its script does not return")
 
     def _open(self) -> Line:
         loop = _loop()
@@ -122,6 +147,16 @@ class RedisLink:
             if not for_good and self._lines.get(line.loop) is line:
                 del self._lines[line.loop]
                 self._past.add(line.counters)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether it is a cluster, where all keys of a run share a hash tag; elsewhere they need not."""
+        return self._address.kind == "cluster"
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many runs may wait at once, in one event loop."""
+        return self._settings.max_in_flight
 
     @property
     def available(self) -> bool:
@@ -145,9 +180,23 @@ class RedisLink:
     def on_restored(self, callback: Callable[[], Any]) -> None:
         """Call `callback` whenever the store is back after a breaker was open, and await what it returns if it can be.
 
-        It is called in the event loop in which the store was away, in a task that is no request's.
+        It is called in the event loop in which the store was away, in a task that is no request's. A bound method is
+        forgotten with its object: a link outlives those who use it.
         """
-        self._on_restored.append(callback)
+        if isinstance(callback, MethodType):
+            self._on_restored.append(WeakMethod(callback, self._on_restored.remove))
+        else:
+            self._on_restored.append(lambda: callback)
+
+    def call_later(self, delay: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do `work` in `delay` seconds, in a task that is no request's; not if the link is closed until then."""
+        line = self._lines.get(_loop()) or self._open()
+
+        def begin() -> None:
+            if not line.closed:
+                line.spawn(work())
+
+        line.call_later(delay, begin)
 
     async def aclose(self) -> None:
         """Close the connections. What is in flight raises `StoreUnavailableError`; using the link opens it again."""

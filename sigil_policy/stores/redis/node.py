@@ -8,8 +8,9 @@ less often, until it can be opened.
 Guarantees:
 
 * No run pays for a probe, and there is one task at most for each gate.
-* A connection is used only after it answered a probe within the deadline. The probe is a write that changes nothing
-  (`SETRANGE key 0 ""`), so a server that takes no writes (read-only, out of memory, loading) is not taken for well.
+* A connection is used only after it answered a probe, which goes out with the login, within the deadline. The probe is
+  a write that changes nothing (`SETRANGE key 0 ""`), so a server that takes no writes (read-only, out of memory,
+  loading) is not taken for well.
 * One log line and one count for each opening and each closing of a breaker.
 * A run is sent again only if the server said that it did not run it: `NOSCRIPT`, `READONLY`, `LOADING`, `MASTERDOWN`,
   `CLUSTERDOWN`, `TRYAGAIN`, `MOVED` and `ASK`.
@@ -40,6 +41,8 @@ _UNWELL = _ELSEWHERE | frozenset(("OOM", "MISCONF", "NOREPLICAS", "BUSY", "NOAUT
 _TRIES = 5
 # How many connections are read for late replies.
 _RETIRED = 2
+# Of so many scripts is known that they were sent over a connection.
+_SCRIPTS = 256
 
 
 class Gate(ABC):
@@ -107,7 +110,7 @@ class Gate(ABC):
         for run in runs:
             if not run.done():
                 self.line.counters.refused += 1
-                self.line.fail(run, f"the store at {self.name} is away", retry_after)
+                self.line.fail(run, f"the store at {self.name} is away", retry_after, unsent=True)
 
     def in_flight(self) -> int:
         """How many runs wait here or for an answer from behind it."""
@@ -166,6 +169,7 @@ class Node(Gate):
         self._again: list[Run] = []
         self._asking: list[Run] = []
         self._loading: set[Script] = set()
+        self._sent: set[bytes] = set()
         self._home = home or self
         self._locate = locate
         self._probe_key = probe_key
@@ -173,28 +177,38 @@ class Node(Gate):
     async def make(self) -> None:
         settings = self.line.settings
         self.connected_to = await self._locate()
-        connection = await connect(self.connected_to, self.line.address, self, max_reply=settings.max_reply)
+        probe = (b"SETRANGE", self._probe_key(self), 0, b"")
+        connection = await connect(
+            self.connected_to, self.line.address, self, max_reply=settings.max_reply, probe=probe
+        )
         try:
-            await self._probe(connection)
+            await self._probed(connection)
             connection.check()
         except BaseException:
             connection.drop("given up while connecting")
             raise
         self.line.counters.connections += 1
         self.connection = connection
+        self._sent.clear()
         self._write_asking()
 
-    async def _probe(self, connection: Connection) -> None:
+    async def _probed(self, connection: Connection) -> None:
         deadline = self.line.settings.deadline
+        assert connection.probed is not None  # noqa: S101  # it was asked for
+        # It was sent when the login was, and may have been answered too late before anybody could look.
+        due = connection.probed_at + deadline
+        late = False
         try:
-            async with asyncio.timeout(deadline):
-                await connection.ask(b"SETRANGE", self._probe_key(self), 0, b"")
+            async with asyncio.timeout_at(due):
+                await connection.probed
         except TimeoutError:
-            raise ConnectionError(f"no answer to a probe within {deadline * 1000:g} ms") from None
+            late = True
         except ServerError as error:
             if error.word in _UNWELL:
                 raise
             # NOPERM, WRONGTYPE, MOVED: it lives, and more it does not say.
+        if late or connection.quiet_since > due:
+            raise ConnectionError(f"no answer to a probe within {deadline * 1000:g} ms")
 
     def write(self, runs: list[Run]) -> None:
         connection = self.connection
@@ -203,7 +217,7 @@ class Node(Gate):
         if connection is not None:
             live = [run for run in runs if not run.done()]
             if live:
-                connection.write(live)
+                self._send(connection, live)
         elif not self.breaker.is_open:
             self.waiting += runs
             self.start()
@@ -213,6 +227,17 @@ class Node(Gate):
                 self._retired[-1].write([run for run in runs if run.silent])
                 runs = [run for run in runs if not run.silent]
             self.refuse(runs)
+
+    def _send(self, connection: Connection, runs: list[Run]) -> None:
+        """Write to the present connection. A script's first run there brings its text: nobody waits for `NOSCRIPT`."""
+        for run in runs:
+            script = run.script
+            if script is not None and script.sha not in self._sent:
+                if len(self._sent) >= _SCRIPTS:
+                    self._sent.clear()
+                self._sent.add(script.sha)
+                run.packed = pack((b"EVAL", script.text, len(run.keys), *run.keys, *run.args))
+        connection.write(runs)
 
     def again(self, run: Run) -> None:
         """Send a run once more, with the others of this turn."""
@@ -241,7 +266,7 @@ class Node(Gate):
         for run in runs:
             if not run.done() and self.connection is not None:
                 self.connection.ask(b"ASKING")
-                self.connection.write([run])
+                self._send(self.connection, [run])
 
     def _refuse_asking(self) -> None:
         runs, self._asking = self._asking, []

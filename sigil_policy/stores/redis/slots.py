@@ -9,12 +9,12 @@ What it promises beside what every `SlotStore` does:
   Giving it back is one more, for which nobody waits. It is sent also when the request was cancelled.
 * **A process that is killed** holds its slots for `ttl` seconds at most: each is a member of a sorted set that expires
   by the server's clock. While the process lives, one heartbeat for each event loop renews all its slots every third
-  of the `ttl`, in one trip. No task waits for a request.
+  of the `ttl`, 200 in a trip. No task waits for a request.
 * **A take that is cancelled or given up at the deadline** leaves nothing: if it comes to the server after all, it is
   undone when the answer comes; if no answer comes either, it expires.
 * **A server that was away** knows of everything in flight as soon as it is back, and one that has forgotten with the
   next heartbeat. The limits refuse until enough has ended. What was given back while it was away expires.
-* Keys hold digests, never a name: `sigil:1:s:{sigil}:{digest}`. Each has a time to live.
+* Keys hold digests, never a name: `sigil:1:c:{sigil}:{digest}`. Each has a time to live.
 
 What it does not: a process that stands still for longer than `ttl` loses its slots to others until its next heartbeat,
 and so do all for a moment when the server fails over to one whose clock is ahead by that much, or that has not yet
@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 from pydantic import SecretStr
 
 from sigil_policy.stores.limits import StoreUnavailableError
-from sigil_policy.stores.redis.link import RedisLink, Script
+from sigil_policy.stores.redis.link import RedisLink, Script, readable
 from sigil_policy.stores.slots import Claim, Refusal, Slot, refusal
 
 _TAKE = Script("slots_take")
@@ -53,6 +53,8 @@ _RELEASE = Script("slots_release")
 _FORMAT = 1
 # So many slots are renewed by one script: the server does nothing else meanwhile.
 _RENEWED = 100
+# And so many in one turn of the loop.
+_SLICE = 200
 
 Held = tuple[bytes, Sequence[bytes]]
 """The id of a slot, and the keys that it is under."""
@@ -96,13 +98,19 @@ class _Heartbeat:
         if self.open:
             self._timer = self.loop.call_later(self.ttl / 3_000, self._beat)
             # In a context of its own: that of the request which came first would be kept for as long as it beats.
-            self._running = self.loop.create_task(self.renew(), context=Context())
+            if self._running is None or self._running.done():
+                self._running = self.loop.create_task(self.renew(), context=Context())
 
     async def renew(self) -> None:
-        """Tell the store of every slot that is open."""
+        """Tell the store of every slot that is open: some at a time, so that requests go between."""
         held = list(self.open.items())
-        parts = [held[start : start + _RENEWED] for start in range(0, len(held), _RENEWED)]
-        await asyncio.gather(*map(self._renew_some, parts))
+        for start in range(0, len(held), _SLICE):
+            still = [pair for pair in held[start : start + _SLICE] if pair[0] in self.open]
+            await asyncio.gather(
+                *[self._renew_some(still[at : at + _RENEWED]) for at in range(0, len(still), _RENEWED)]
+            )
+            # What is refused at once does not wait.
+            await asyncio.sleep(0)
 
     async def _renew_some(self, held: Sequence[Held]) -> None:
         by_key: dict[bytes, list[bytes]] = {}
@@ -140,7 +148,7 @@ class RedisSlots:
         deadline: how long a call may take, in seconds (default 0.05); only with a URL, a link has its own.
 
     Raises `ValueError` for an option that cannot be. `take` raises `StoreUnavailableError` when the server does not
-    answer in time, and nothing else.
+    answer in time, or with something that is no decision, and nothing else.
     """
 
     remote: ClassVar[bool] = True
@@ -166,7 +174,7 @@ class RedisSlots:
             raise ValueError("deadline is an option of the link that was given: RedisLink(url, deadline=...)")
         self.prefix = prefix
         # In braces: what decides on which node of a cluster a key is.
-        self._head = f"{prefix}:{_FORMAT}:s:{{{prefix}}}:".encode()
+        self._head = f"{prefix}:{_FORMAT}:c:{{{prefix}}}:".encode()
         self._hash = blake2b(digest_size=18, key=secret, person=b"sigil slots")
         self._heartbeats: dict[tuple[asyncio.AbstractEventLoop, float], _Heartbeat] = {}
         self.link.on_restored(self._restored)
@@ -186,10 +194,16 @@ class RedisSlots:
         slot_id = heartbeat.new_id()
         keys = [self.redis_key(key) for key, _ in claims]
         args: list[bytes | int] = [slot_id, heartbeat.ttl, *[limit for _, limit in claims]]
-        taken, *counts = await self.link.run(_TAKE, keys, args, abandoned=partial(self._undo, slot_id, keys))
-        in_flight = tuple(counts)
-        if not taken:
-            return refusal(claims, in_flight)
+        reply = await self.link.run(_TAKE, keys, args, abandoned=partial(self._undo, slot_id, keys))
+        if not readable(reply, 1 + len(keys)):
+            # If it was taken all the same, it expires.
+            raise self.link.unreadable()
+        in_flight = tuple(reply[1:])
+        if not reply[0]:
+            refused = refusal(claims, in_flight)
+            if not refused.refused_by:
+                raise self.link.unreadable()
+            return refused
         heartbeat.add(slot_id, keys)
         return Slot(claims, in_flight, (heartbeat, slot_id, keys))
 
@@ -228,7 +242,7 @@ class RedisSlots:
         for heartbeat in [beat for place, beat in self._heartbeats.items() if place[0] is loop]:
             await heartbeat.renew()
 
-    def _undo(self, slot_id: bytes, keys: Sequence[bytes], reply: Sequence[int]) -> None:
+    def _undo(self, slot_id: bytes, keys: Sequence[bytes], reply: Any) -> None:
         """A take that nobody waits for any more was answered after all."""
-        if reply[0]:
+        if readable(reply, 1 + len(keys)) and reply[0]:
             self.link.send(_RELEASE, keys, [slot_id])

@@ -63,7 +63,7 @@ class LimitsServer:
     def calls(self) -> int:
         """How many scripts were run so far."""
         found: Any = self.client.info("commandstats")
-        return found.get("cmdstat_evalsha", {}).get("calls", 0)
+        return sum(found.get(f"cmdstat_{command}", {}).get("calls", 0) for command in ("eval", "evalsha"))
 
     def close(self) -> None:
         self.client.close()

@@ -97,6 +97,7 @@ def test_user_and_password_are_decoded_and_shown_nowhere() -> None:
         "redis://h?sentinel_password=s3cret",
         "redis://h?client_name=s3%20cret",
         "redis://a,b",
+        "redis",
         "redis://[::1",
         "redis://[::1]s3cret",
         "redis://s3cret%2f",

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from pydantic import SecretStr
 
-from sigil_policy.stores.limits import Plan, Window
+from sigil_policy.stores.limits import Plan, StoreUnavailableError, Window
+from sigil_policy.stores.memory import memory_limits
+from sigil_policy.stores.redis import limits
 from sigil_policy.stores.redis.limits import RedisLimits
 from sigil_policy.stores.redis.link import Script
 from sigil_policy.testing import FrozenClock
@@ -72,10 +74,7 @@ async def test_the_checks_of_every_store(algorithm: Any, limits_server: LimitsSe
 
 
 def by(algorithm: Any, callers: Any) -> list[Any]:
-    """The same callers, counted by another algorithm.
-
-    Who has levels above is another caller than who has none: a level keeps its use under the last one.
-    """
+    """The same callers, counted by another algorithm."""
     made: dict[Plan, Plan] = {}
 
     def remade(plan: Plan) -> Plan:
@@ -85,7 +84,7 @@ def by(algorithm: Any, callers: Any) -> list[Any]:
             made[plan] = Plan(name=plan.name, windows=windows, levels=levels, algorithm=algorithm)
         return made[plan]
 
-    return [(key if key == "org" or plan.levels else f"{key} alone", remade(plan)) for key, plan in callers]
+    return [(key, remade(plan)) for key, plan in callers]
 
 
 # --- against an exact count ------------------------------------------------------------------------------------------
@@ -180,11 +179,11 @@ async def test_keys_are_short_say_nothing_and_end(limits_server: LimitsServer) -
         await store.admit((names[0], "org"), team, 1, (1, 1))
         await store.aclose()
     found = limits_server.found()
-    assert len(found) == 4 * (len(names) + 2)
+    # Two for each by "sliding". A user of the organisation is the same as without it.
+    assert len(found) == 4 * (len(names) + 1)
     assert all(key.startswith(b"sigil:1:") and len(key) < 100 for key in found)
     assert not any(b"alice" in key for key in found)
     assert limits_server.without_ttl() == []
-    # A user is on the node of their organisation, and is not who has the same name and none.
     tags = {key[key.index(b"{") : key.index(b"}")] for key in found}
     assert len(tags) == len(names) + 1
 
@@ -255,6 +254,178 @@ async def test_keys_and_amounts_that_do_not_fit_the_plan_are_refused(limits_serv
     with pytest.raises(ValueError, match="2 windows"):
         await store.charge("a", plan, (1,))
     assert limits_server.found() == []
+    await store.aclose()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+async def test_what_is_no_whole_number_is_refused_and_changes_nothing(
+    algorithm: Any, limits_server: LimitsServer
+) -> None:
+    store, plan = made(limits_server), a_plan(algorithm=algorithm)
+    lease = (await store.admit("a", plan, 1, (10,))).lease
+    assert lease is not None
+    wrong: list[Any] = [float("nan"), float("inf"), 1.0, "1", True, None, -1, 10**15, 10**400]
+    for number in wrong:
+        with pytest.raises(ValueError, match="are integers from 0"):
+            await store.admit("a", plan, number, None)
+        with pytest.raises(ValueError, match="are integers from 0"):
+            await store.admit("a", plan, 1, (number,))
+        with pytest.raises(ValueError, match="are integers from 0"):
+            await store.extend(lease, (number,))
+        if type(number) is not int or number < 0:
+            with pytest.raises(ValueError, match="are integers from 0"):
+                await store.settle(lease, (number,))
+            with pytest.raises(ValueError, match="are integers from 0"):
+                await store.charge("a", plan, (0, number))
+    assert await store.settle(lease, (30,)) == (70,), "the lease is open yet"
+    assert (await store.admit("a", plan, 1, None)).remaining == (3, 70)
+    await store.aclose()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+async def test_the_scripts_refuse_what_is_no_number(
+    algorithm: Any, limits_server: LimitsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_check_numbers", lambda amounts: None)
+    store, plan = made(limits_server), a_plan(algorithm=algorithm)
+    for number in (float("nan"), float("inf")):
+        amount: Any = number
+        with pytest.raises(StoreUnavailableError, match="not a number"):
+            await store.admit("a", plan, 1, (amount,))
+    assert limits_server.found() == []
+    await store.aclose()
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+async def test_a_caller_of_several_organisations_has_one_budget(algorithm: Any, limits_server: LimitsServer) -> None:
+    """As in this process."""
+    store, here = made(limits_server), memory_limits(algorithm)
+    own = a_plan(Window(3, 3_600), algorithm=algorithm)
+    team = Plan(name="team", levels=(own, a_plan(Window(100, 3_600), algorithm=algorithm)))
+    for number, left in enumerate((2, 1, 0, 0)):
+        decision = await store.admit(("ann", f"org {number}"), team, 1, None)
+        same = here.admit(("ann", f"org {number}"), team, 1, None, decision.at)
+        assert (decision.admitted, decision.remaining) == (same.admitted, same.remaining)
+        assert (decision.admitted, decision.remaining[0]) == (number < 3, left)
+    assert not (await store.admit("ann", own, 1, None)).admitted, "and it is the one without an organisation"
+    await store.aclose()
+
+
+def test_in_a_cluster_all_keys_of_a_call_have_the_tag_of_the_last_level() -> None:
+    plan = a_plan(algorithm="sliding")
+    team = Plan(name="team", levels=(plan, plan))
+
+    def keys(url: str) -> list[bytes]:
+        store = RedisLimits(url)
+        return list(store._keys(("ann", "org"), team, store._view(team)))
+
+    def tags(found: list[bytes]) -> set[bytes]:
+        return {key[key.index(b"{") : key.index(b"}")] for key in found}
+
+    clustered, single = keys("redis+cluster://a:1"), keys("redis://a:1")
+    assert len(set(clustered)) == len(set(single)) == 4
+    assert tags(clustered) == tags(clustered[2:]) == tags(single[2:])
+    assert single == keys("redis+sentinel://a:1/main")
+    assert len(tags(single)) == 2
+
+
+# --- how much is read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_long_log_is_read_in_part_and_what_it_says_is_never_too_early(
+    limits_server: LimitsServer, move_time: Any
+) -> None:
+    """The same as in this process: exact in the oldest 512 entries, else when all has left."""
+    store, plan = made(limits_server), a_plan(Window(1_500, 1_000, "tokens"), algorithm="sliding", lease=5_000)
+    here = memory_limits("sliding")
+    for number in range(700):
+        move_time(START + number)
+        assert (await store.admit("a", plan, 1, (1,))).admitted
+        assert here.admit("a", plan, 1, (1,), START + number).admitted
+    now = START + 700.0
+    move_time(now)
+    for wanted, reset in ((801, START), (1_312, START + 511), (1_313, START + 699), (1_500, START + 699)):
+        refused = await store.admit("a", plan, 1, (wanted,))
+        same = here.admit("a", plan, 1, (wanted,), now)
+        assert refused.reset == same.reset == (reset + 1_000,)
+        assert refused.refused_by == same.refused_by == (0,)
+    await store.charge("a", plan, (1_400,))
+    here.charge("a", plan, (1_400,), now)
+    assert (await store.admit("a", plan, 1, None)).reset == here.admit("a", plan, 1, None, now).reset == (now + 1_000,)
+    await store.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_refusal_whose_wait_is_not_exact_is_asked_again(limits_server: LimitsServer, move_time: Any) -> None:
+    clock = FrozenClock(START)
+    store, plan = made(limits_server, clock=clock), a_plan(Window(600, 1_000), algorithm="sliding")
+    for _ in range(600):
+        clock.advance(1)
+        move_time(clock.time())
+        assert (await store.admit("a", plan, 1, None)).admitted
+    few, many = await store.admit("a", plan, 512, None), await store.admit("a", plan, 513, None)
+    assert (few.reset, many.reset) == ((START + 1_512,), (START + 1_600,))
+    clock.advance(913)
+    move_time(clock.time())
+    assert (await store.admit("a", plan, 513, None)).admitted
+    await store.aclose()
+
+
+# --- replies that are none -------------------------------------------------------------------------------------------
+
+REPLIES: list[Any] = [
+    None,
+    1,
+    b"OK",
+    "OK",
+    [],
+    [1],
+    [1, 5],
+    [1, 5, b"a", 7, 8, 9],
+    [0, 5, 50, 50, 5, 5],
+    {1: 1},
+    [True] * 6,
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("reply", REPLIES, ids=repr)
+async def test_a_reply_that_is_no_decision_is_a_store_that_is_not_there(
+    reply: Any, limits_server: LimitsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = made(limits_server), a_plan()
+    lease = (await store.admit("a", plan, 1, (10,))).lease
+    assert lease is not None
+    late: list[Any] = []
+
+    async def answer(*_: Any, abandoned: Any = None) -> Any:
+        late.append(abandoned)
+        return reply
+
+    monkeypatch.setattr(store.link, "run", answer)
+    before = store.link.counters.failures
+    for call in (
+        lambda: store.admit("a", plan, 1, (10,)),
+        lambda: store.extend(lease, (1,)),
+        lambda: store.settle(lease, (1,)),
+        lambda: store.charge("a", plan, (1, 1)),
+    ):
+        with pytest.raises(StoreUnavailableError, match="something that its script does not return"):
+            await call()
+    assert store.link.counters.failures == before + 4
+    assert (lease.reserved, lease.settled) == ((10,), False)
+    for undo in late:
+        if undo is not None:
+            undo(reply)
+    monkeypatch.undo()
+    assert await store.settle(lease, (10,)) == (90,)
     await store.aclose()
 
 
@@ -368,6 +539,25 @@ async def test_a_refusal_for_both_is_known_for_the_requests_only(limits_server: 
     assert first.refused_by == (1, 0)
     known = await store.admit("a", plan, 1, (50,))
     assert (known.refused_by, known.retry_after) == ((0,), 60)
+    await store.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_refusal_is_not_repeated_to_who_came_with_another_tier_meanwhile(limits_server: LimitsServer) -> None:
+    store = made(limits_server)
+    small = a_plan(Window(1, 3_600), Window(500, 86_400), Window(1_000, 86_400, "tokens"))
+    large = a_plan(Window(50, 3_600), Window(500, 86_400), Window(1_000, 86_400, "tokens"))
+    await store.admit("a", small, 1, None)
+    assert (await store.admit("a", small, 1, None)).remaining == (0, 499, 1_000)
+    assert (await store.admit("a", large, 1, (900,))).admitted
+    before = limits_server.calls()
+    for _ in range(3):
+        assert (await store.admit("a", small, 1, None)).remaining == (0, 498, 100)
+        assert (await store.admit("a", small, 2, None)).remaining == (0, 498, 100)
+    assert limits_server.calls() == before + 2, "each cost was asked for once"
+    for cost in range(1, 200):
+        await store.admit("a", small, cost, None)
+    assert sum(len(known.by_cost) for known in store._denials.values()) <= 32
     await store.aclose()
 
 

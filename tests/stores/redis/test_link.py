@@ -108,7 +108,8 @@ async def test_replies_find_those_who_asked_whatever_the_order_of_waiting(link: 
 
 
 async def test_a_script_that_the_server_does_not_know_is_brought_once(server: Server, link: RedisLink) -> None:
-    await link.run(ECHO, [b"a"], [1, 1])
+    # The first run over a connection brings the text.
+    await link.run(COUNT, [b"a"], [1])
     for _ in range(2):
         server.call("SCRIPT", "FLUSH")
         before = server.calls("eval"), server.calls("evalsha")
@@ -118,6 +119,42 @@ async def test_a_script_that_the_server_does_not_know_is_brought_once(server: Se
         assert server.calls("evalsha") - before[1] == 64 + 63
     assert answers == [2] * 64
     assert link.counters.failures == 0
+
+
+async def test_the_first_run_takes_two_trips_after_connecting(server: Server, proxy: Proxy) -> None:
+    server.call("SCRIPT", "FLUSH")
+    proxy.mode, proxy.delay = "slow", 0.1
+    link = RedisLink(proxy.url, deadline=0.28)
+    assert await link.run(COUNT, [b"cold"], [1]) == 1
+    assert link.counters.resent == 0
+    # The name, the probe; then the script itself.
+    assert proxy.chunks[-1].startswith(b"*5\r\n$4\r\nEVAL\r\n")
+    assert await link.run(COUNT, [b"cold"], [1]) == 2
+    assert proxy.chunks[-1].startswith(b"*5\r\n$7\r\nEVALSHA\r\n")
+    await link.aclose()
+
+
+async def test_who_is_gone_is_not_told_that_the_store_is_back(server: Server) -> None:
+    class Policy:
+        async def restored(self) -> None:
+            told.append(self)
+
+    told: list[Any] = []
+    link = RedisLink(server.url, deadline=1.0)
+    kept = Policy()
+    link.on_restored(kept.restored)
+    for _ in range(100):
+        link.on_restored(Policy().restored)
+    link.on_restored(lambda: told.append(None))
+    gc.collect()
+    assert len(link._on_restored) == 2
+    await link.run(COUNT, [b"back"], [1])
+    (line,) = link._lines.values()
+    line.restored()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert told == [kept, None]
+    await link.aclose()
 
 
 async def test_the_error_of_a_script_is_an_unavailable_store_reported_once(link: RedisLink) -> None:

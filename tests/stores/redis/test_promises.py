@@ -206,6 +206,66 @@ async def test_open_leases_are_renewed_by_a_timer_and_forgotten_ones_are_not(
     assert all(heart.timer is None for heart in store._hearts.values())
 
 
+async def test_many_open_leases_are_renewed_some_at_a_time_and_refuse_no_request(limits_server: LimitsServer) -> None:
+    plan = plan_of("fixed")
+    link = RedisLink(limits_server.url, deadline=5.0, connect_timeout=5.0, max_in_flight=100)
+    store = RedisLimits(link)
+    leases: list[Any] = []
+    for start in range(0, 600, 50):
+        names = [f"caller {number}" for number in range(start, start + 50)]
+        leases += [got.lease for got in await asyncio.gather(*[store.admit(name, plan, 1, (10,)) for name in names])]
+    (heart,) = store._hearts.values()
+    before, at = link.counters, asyncio.get_running_loop().time()
+    store.renew()
+    assert link.counters.runs == before.runs + 50, "no more in this turn, and half of the room is for requests"
+    asked = 0
+    while heart.unanswered:
+        await store.admit("another", plan, 1, None)
+        asked += 1
+    assert asked > 5, "requests go between"
+    after = link.counters
+    assert (after.lost, after.refused) == (before.lost, before.refused) == (0, 0)
+    assert after.runs == before.runs + 600 + asked
+    assert all(lease.seen >= at for lease in leases)
+    await store.aclose()
+
+
+async def test_leases_that_could_not_be_renewed_are_tried_again_soon(
+    limits_server: LimitsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = RedisLimits(limits_server.url, deadline=1.0), plan_of("fixed")
+    lease: Any = (await store.admit("a", plan, 1, (10,))).lease
+    loop = asyncio.get_running_loop()
+    (heart,) = store._hearts.values()
+    seen = lease.seen
+    sent: list[Any] = []
+
+    def lose(*_: Any) -> asyncio.Future[Any]:
+        sent.append(loop.create_future())
+        sent[-1].cancel()
+        return sent[-1]
+
+    monkeypatch.setattr(store.link, "send", lose)
+    for tries in (1, 2):
+        store.renew()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert (lease.seen, len(sent), heart.unanswered) == (seen, tries, 0)
+        assert heart.timer is not None
+        assert 0 < heart.timer.when() - loop.time() <= lease.period / 3
+    lease.seen -= lease.period
+    store.renew()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert heart.timer.when() - loop.time() == pytest.approx(lease.period / 10, abs=0.05), "not at once for ever"
+    monkeypatch.undo()
+    store.renew()
+    await tokens_left(store, "a", plan)
+    assert lease.seen >= seen
+    await store.aclose()
+    assert heart.timer.cancelled()
+
+
 # --- who does not wait -----------------------------------------------------------------------------------------------
 
 

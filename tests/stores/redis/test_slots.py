@@ -99,7 +99,7 @@ async def test_keys_expire_name_nobody_and_are_on_one_node(server: Any) -> None:
         assert isinstance(keys, list) and len(keys) == 2
         for key in keys:
             assert b"alice" not in key
-            assert key.startswith(b"shop:1:s:{shop}:")
+            assert key.startswith(b"shop:1:c:{shop}:")
             assert len(key) < 64
             assert 19_000 < int(server.client.pttl(key)) <= 20_000  # type: ignore[arg-type]
         link = slots.link
@@ -206,6 +206,32 @@ class Mute:
         self.run(script, keys, args)
 
 
+async def test_many_slots_are_renewed_some_at_a_time() -> None:
+    link: Any = Mute()
+    slots = RedisSlots(link)
+    held = [slots.hold(claims((f"caller {number}", 1)), 15.0) for number in range(450)]
+    heartbeat = slots._heartbeat(15.0)
+    renewing = asyncio.ensure_future(heartbeat.renew())
+    for sent in (2, 4, 5):
+        for _ in range(8):
+            await asyncio.sleep(0)
+        assert [name for name, _, _ in link.asked if name == "slots_renew"] == ["slots_renew"] * sent
+        if sent == 2:
+            # What is late does not keep the others from being renewed.
+            link.asked[0][2].set_exception(StoreUnavailableError("too late"))
+            link.asked[1][2].set_result(0)
+            for slot in held[:20] + held[420:]:
+                slots.give_back(slot)
+        elif sent == 4:
+            for asked in link.asked[-2:]:
+                asked[2].set_result(0)
+    assert len(link.asked[-1][1]) == 1 + 2 * 20, "what has ended is not renewed"
+    link.asked[-1][2].set_result(0)
+    await renewing
+    assert len(heartbeat.open) == 400
+    heartbeat.stop()
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["in time", "late"])
 async def test_what_ended_while_it_was_renewed_is_given_back_once_more(late: bool) -> None:
     """The renewal may have come to the server after the giving back, if it had to be sent again."""
@@ -231,6 +257,24 @@ async def test_what_ended_while_it_was_renewed_is_given_back_once_more(late: boo
         await asyncio.sleep(0.01)
     assert [(name, given) for name, given, _ in link.asked[2:]] == [("slots_release", [slot.mark[1]])] * 2
     assert args[-1] == slot.mark[1]
+
+
+@pytest.mark.parametrize("reply", [None, 1, b"OK", "OK", [], [1], [1, 5, 5], [1, b"1"], [0, 1], {1: 1}], ids=repr)
+async def test_a_reply_that_is_no_decision_is_a_store_that_is_not_there(server: Any, reply: Any) -> None:
+    async with slots_at(server) as slots:
+        late: list[Any] = []
+
+        async def answer(*_: Any, abandoned: Any) -> Any:
+            late.append(abandoned)
+            return reply
+
+        slots.link.run = answer  # type: ignore[method-assign]
+        before = slots.link.counters.failures
+        with pytest.raises(StoreUnavailableError, match="something that its script does not return"):
+            await slots.take(claims(("alice", 2)), 15.0, NOW)
+        assert slots.link.counters.failures == before + 1
+        late[0](reply)
+        assert not any(heartbeat.open for heartbeat in slots._heartbeats.values())
 
 
 # --- cancelled, late, lost ---------------------------------------------------------------------------------------

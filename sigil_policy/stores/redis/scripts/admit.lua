@@ -1,7 +1,7 @@
 -- Decide one request: every window of every level, and the tokens that it reserves. All or nothing.
 --
 -- asked    the cost in each request window; 1 if tokens are reserved; how many in each token window of the plan
--- reply    1 if it is admitted; the moment of the decision; by window of the plan what is left (below 0: overdrawn);
+-- reply    1 if it is admitted, 0 if not, -1 if not and it might be before the moments said; the moment of the decision; by window of the plan what is left (below 0: overdrawn);
 --          then by window when that is renewed, or for a window that refuses when it would have admitted; then, where
 --          the algorithm needs one, a note for undo.lua
 -- Complexity: a fixed number of commands for each level.
@@ -58,6 +58,9 @@ for w = 1, windows do
   local place = plan[3 * w]
   rows[place] = math.floor(left[w])
   rows[windows + place] = reset(w, needs[w], admitted == 1)
+end
+if rough and admitted == 0 then
+  admitted = -1
 end
 if notes then
   rows[2 * windows + 1] = struct.pack('<' .. string.rep('d', #notes), unpack(notes))

@@ -3,8 +3,8 @@
 -- A script is this file, then one algorithm (fixed.lua, gcra.lua, sliding.lua), then leases.lua, then one operation
 -- (admit.lua, extend.lua, settle.lua, charge.lua, undo.lua). Each runs alone on the server: nobody sees half of it.
 --
--- KEYS     for each level of the plan its hash, and by "sliding" its log behind it. All have one hash tag, that of the
---          last level, and no other key is touched: a cluster runs the script where they are.
+-- KEYS     for each level of the plan its hash, and by "sliding" its log behind it. In a cluster all have one hash tag,
+--          that of the last level, and no other key is touched: it runs the script where they are.
 -- ARGV[1]  the plan, as doubles: how many request windows, how many windows; for each window, level by level, its place
 --          in the plan, its limit and its length (0 is the calendar month); then for each level how long its keys must
 --          last, the period of a lease, 1 if a lapsed lease stays charged, its first and its last window
@@ -32,6 +32,12 @@ local now = time[1] * 1000000 + time[2]
 
 local plan = { struct.unpack('<' .. string.rep('d', #ARGV[1] / 8), ARGV[1]) }
 local asked = { struct.unpack('<' .. string.rep('d', #ARGV[2] / 8), ARGV[2]) }
+for i = 1, #asked do
+  -- Whatever is compared with a number that is none is false: nothing would ever be refused again.
+  if asked[i] - asked[i] ~= 0 then
+    return redis.error_reply('ERR what is asked is not a number')
+  end
+end
 local requests, windows = plan[1], plan[2]
 -- Window w has its place, limit and length in the plan at 3w, 3w + 1 and 3w + 2; what a level says begins at
 -- last + 5 * level.
@@ -43,6 +49,8 @@ local levels = (#plan - last - 5) / 5
 local left = { 0, 0, 0, 0, 0, 0, 0, 0 }
 -- By level: what its field "m" says.
 local marks = {}
+-- Whether what the reply says of a window of requests may be later than it must be.
+local rough = false
 
 -- An algorithm gives:
 --   STRIDE                             how many keys a level has, its hash first

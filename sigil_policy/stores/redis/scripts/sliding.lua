@@ -9,7 +9,8 @@
 -- that entry, and the moment of its own newest one. A part of a lease is the number of an entry, its moment, its amount.
 --
 -- Complexity: a window moves over each entry once: the same for every request but one that comes after many have ended
--- together, which reads these. What it says of a window that is used up reads as many entries as must leave it.
+-- together, which reads these. What it says of a window that is used up reads the entries that must leave it, WALK of the
+-- log at most; where that is not enough, it says when the newest has left.
 
 local STRIDE, WIDTH, NOTE = 2, 3, true
 -- Of a lease that is extended without end the oldest parts are forgotten: they were used first.
@@ -17,6 +18,8 @@ local PARTS = 64
 local SIZE, ENTRY = 16, 'I7I7I2'
 -- So few entries are read at once that they fit on Lua's stack.
 local CHUNK = 256
+-- So many entries are read to say when a window is renewed.
+local WALK = 512
 -- The log is cut when so many entries are of no use.
 local CUT = 256
 
@@ -302,10 +305,14 @@ local function lapsed(level, name, _, _, parts)
   end
 end
 
--- When `amount` of what is spent will have left a window; if that is more than there is, when all of it has.
+-- When `amount` of what is spent will surely have left a window: exactly then, if that is seen in WALK entries; else, and
+-- if it is more than there is, when all of it has; and whether it was not seen.
 local function free(level, measure, amount)
   local log, number = logs[level], measure.next
   while number < log.stop do
+    if number >= measure.next + WALK then
+      return measure.last + measure.length, true
+    end
     local found = entries(level, number, CHUNK)
     if not found[1] then
       break
@@ -314,13 +321,13 @@ local function free(level, measure, amount)
       if counts(measure, found[at + 2]) then
         amount = amount - found[at + 1]
         if amount <= 0 then
-          return found[at] + measure.length
+          return found[at] + measure.length, false
         end
       end
     end
     number = number + #found / 3
   end
-  return measure.last + measure.length
+  return measure.last + measure.length, false
 end
 
 local function reset(w, need, admitted)
@@ -333,7 +340,9 @@ local function reset(w, need, admitted)
   if measure.last <= now - measure.length then
     return now + measure.length
   elseif missing > 0 then
-    return free(level_of(w), measure, missing)
+    local moment, unseen = free(level_of(w), measure, missing)
+    rough = rough or (unseen and plan[3 * w] <= requests)
+    return moment
   elseif admitted and plan[3 * w] <= requests then
     return now + measure.length
   end
