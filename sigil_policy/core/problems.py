@@ -30,6 +30,7 @@ HeaderPairs = Sequence[tuple[bytes, bytes]]
 
 _CODE = re.compile(r"[A-Z]+(?:_[A-Z]+)*_\d{3}")
 _EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9_]{2,}")
+_ROUNDING = 1e-6  # a moment of time is exact to a quarter of a microsecond
 _MEMBERS = frozenset(
     ("type", "title", "status", "detail", "instance", "error_code", "timestamp", "request_id", "recovery_hints")
 )
@@ -105,9 +106,10 @@ class ProblemType:
         *,
         headers: HeaderPairs = (),
         hints: Iterable[str] | None = None,
+        retry_after: float | None = None,
         **extensions: Any,
     ) -> "Problem":
-        return Problem(self, detail, headers=headers, hints=hints, **extensions)
+        return Problem(self, detail, headers=headers, hints=hints, retry_after=retry_after, **extensions)
 
 
 def library_type(code: str, title: str, status: int, *hints: str) -> ProblemType:
@@ -135,7 +137,9 @@ class Problem(Exception):  # noqa: N818  RFC 9457's own word
     """One occurrence of a problem: return it from a policy, raise it from an application.
 
     `headers` are added to the response (lower-case names). Keyword arguments become extension members; a value that
-    JSON cannot say is written as text, never an error. `hints=None` takes the type's hints.
+    JSON cannot say is written as text, never an error. `hints=None` takes the type's hints. `retry_after` is after how
+    many seconds another try is worth it: the field `Retry-After` and a member, in whole seconds, never too few and at
+    least 1 (RFC 9110 section 10.2.3).
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Problem(Exception):  # noqa: N818  RFC 9457's own word
         *,
         headers: HeaderPairs = (),
         hints: Iterable[str] | None = None,
+        retry_after: float | None = None,
         **extensions: Any,
     ) -> None:
         super().__init__(type.code)
@@ -156,6 +161,10 @@ class Problem(Exception):  # noqa: N818  RFC 9457's own word
                 )
         self.type = type
         self.detail = detail
+        if retry_after is not None:
+            wait = max(1, math.ceil(retry_after - _ROUNDING))
+            headers = (*headers, (b"retry-after", b"%d" % wait))
+            extensions["retry_after"] = wait
         self.headers = tuple(headers)
         self.hints = type.hints if hints is None else tuple(hints)
         self.extensions: Mapping[str, Any] = extensions

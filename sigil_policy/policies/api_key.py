@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from functools import cached_property, partial
 from hmac import compare_digest
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -241,12 +240,8 @@ class ApiKeyAuth(Policy):
 
     def _unavailable(self, ex: Exchange, error: Exception) -> Problem:
         self._report(ex, error)
-        wait = max(1, ceil(error.retry_after)) if isinstance(error, StoreUnavailableError) else 1
-        return http_problem(503)(
-            f"API keys cannot be checked at the moment; try again in {wait} seconds.",
-            headers=((b"retry-after", b"%d" % wait),),
-            retry_after=wait,
-        )
+        wait = error.retry_after if isinstance(error, StoreUnavailableError) else 1
+        return http_problem(503)("API keys cannot be checked at the moment.", retry_after=wait)
 
     def _report(self, ex: Exchange, error: Exception) -> None:
         now = ex.clock.monotonic()

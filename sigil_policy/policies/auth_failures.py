@@ -6,7 +6,7 @@
 
     HTTP/1.1 429 Too Many Requests
     Retry-After: 41
-    {"error_code": "RATE_004", "detail": "Too many failed authentications; try again in 41 seconds.", ...}
+    {"error_code": "RATE_004", "detail": "Too many failed authentications.", ...}
 
 A failure is a 401 that a policy inside answers to a request that carries a credential. One without a credential is
 none, nor is a malformed header (400), nor what the application answers.
@@ -52,7 +52,6 @@ RFC 6585 section 4; RFC 9110 section 10.2.3; RFC 4291 section 2.5.1.
 from collections.abc import Awaitable, Generator, Iterable
 from functools import cached_property
 from hashlib import sha256
-from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import limits as limit_strings
@@ -304,12 +303,7 @@ class AuthFailureLimit(Policy):
             if self.on_store_loss == "open":
                 attempt.judged = True
                 return None
-            wait = max(1, ceil(lost.retry_after))
-            return LIMITS_UNAVAILABLE(
-                f"Limits cannot be checked at the moment; try again in {wait} seconds.",
-                headers=((b"retry-after", b"%d" % wait),),
-                retry_after=wait,
-            )
+            return LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=lost.retry_after)
 
     def _questions(
         self, attempt: "_Attempt", plans: "_Plans", now: float
@@ -469,12 +463,7 @@ def _has_failed(ex: Exchange, attempt: _Attempt) -> bool:
 
 
 def _refusal(wait: float) -> Problem:
-    seconds = ceil(wait)
-    return AUTH_FAILURES_EXCEEDED(
-        f"Too many failed authentications; try again in {seconds} seconds.",
-        headers=((b"retry-after", b"%d" % seconds),),
-        retry_after=seconds,
-    )
+    return AUTH_FAILURES_EXCEEDED("Too many failed authentications.", retry_after=wait)
 
 
 def _digest(presented: list[bytes]) -> bytes | None:

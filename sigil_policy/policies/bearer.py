@@ -26,7 +26,6 @@ RFC 7519, RFC 8725, RFC 9068.
 from collections.abc import Awaitable, Iterable
 from functools import cached_property
 from hashlib import sha256
-from math import ceil
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -261,12 +260,7 @@ class BearerAuth(Policy):
 
 
 def _unavailable(wait: float) -> Problem:
-    seconds = max(1, ceil(wait))
-    return KEYS_UNAVAILABLE(
-        f"Tokens cannot be verified at the moment; try again in {seconds} seconds",
-        headers=((b"retry-after", b"%d" % seconds),),
-        retry_after=seconds,
-    )
+    return KEYS_UNAVAILABLE("Tokens cannot be verified at the moment", retry_after=wait)
 
 
 def _accept_again(ex: Exchange, principal: Principal) -> None:

@@ -41,7 +41,6 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import structlog
@@ -387,12 +386,7 @@ class ConcurrencyLimit(Policy):
         self, ex: Exchange, claims: tuple[Claim, ...], face: _Face, error: StoreUnavailableError
     ) -> Problem | None:
         if self.on_store_loss == "closed":
-            wait = max(1, ceil(error.retry_after))
-            return LIMITS_UNAVAILABLE(
-                f"Limits cannot be checked at the moment; try again in {wait} seconds.",
-                headers=((b"retry-after", b"%d" % wait),),
-                retry_after=wait,
-            )
+            return LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=error.retry_after)
         local: Slot | None = None
         in_flight: tuple[int, ...] | None = None
         if self.on_store_loss == "local":
@@ -413,7 +407,7 @@ class ConcurrencyLimit(Policy):
         pairs = () if self.draft is None else ((_POLICY, face.policy), (_STATE, face.left(refused.in_flight)))
         return CONCURRENCY_EXCEEDED(
             f"At most {limit} requests {whose} may be in flight at the same time; try again when one has ended.",
-            headers=(*pairs, (b"retry-after", b"%d" % self.retry_after)),
+            headers=pairs,
             limit=limit,
             unit=_UNIT,
             retry_after=self.retry_after,

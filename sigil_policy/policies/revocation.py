@@ -37,7 +37,6 @@ section 3.1 ("revoked" is `invalid_token`); RFC 7519 sections 4.1.6 and 4.1.7; R
 from collections.abc import Awaitable, Iterable
 from contextlib import suppress
 from functools import cached_property
-from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
@@ -137,12 +136,7 @@ class Revocation(Policy):
         except StoreUnavailableError as lost:
             wait = lost.retry_after
         if store.age(now) >= self.stale_for and self.on_store_loss == "closed":
-            seconds = max(1, ceil(wait))
-            return http_problem(503)(
-                f"Credentials cannot be checked at the moment; try again in {seconds} seconds.",
-                headers=((b"retry-after", b"%d" % seconds),),
-                retry_after=seconds,
-            )
+            return http_problem(503)("Credentials cannot be checked at the moment.", retry_after=wait)
         return self._judge(ex, principal)
 
     def _judge(self, ex: Exchange, principal: Principal) -> Problem | None:

@@ -180,3 +180,12 @@ def test_a_problem_says_neither_detail_nor_extensions_in_repr_and_str() -> None:
     problem = AgentGone(detail="hunter2", secret_word="hunter2")
     assert "hunter2" not in repr(problem) + str(problem) + "".join(map(str, problem.args))
     assert isinstance(problem, Problem)
+
+
+@pytest.mark.parametrize(("wait", "told"), [(0, 1), (0.2, 1), (1, 1), (1.000_000_2, 1), (1.01, 2), (41.5, 42)])
+def test_retry_after_is_a_field_and_a_member_of_whole_seconds(wait: float, told: int) -> None:
+    """RFC 9110 section 10.2.3: never sooner than it helps, and at least a second."""
+    reply = DEFAULT_STYLE.render(AgentGone(retry_after=wait), exchange())
+    assert dict(reply.headers)[b"retry-after"] == b"%d" % told
+    assert json.loads(reply.body)["retry_after"] == told
+    assert "retry_after" not in AgentGone().extensions

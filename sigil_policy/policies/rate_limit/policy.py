@@ -69,7 +69,8 @@ from sigil_policy.core.policy import Answer, Closable, EndOfStream, Listed, Poli
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
 from sigil_policy.identity.callers import LONG, Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
-from sigil_policy.policies.rate_limit.fields import FIELDS, Face, merge, whole_seconds
+from sigil_policy.identity.challenges import is_preflight
+from sigil_policy.policies.rate_limit.fields import FIELDS, Face, merge
 from sigil_policy.policies.rate_limit.loss import Fallback, OnStoreLoss
 from sigil_policy.policies.rate_limit.tiers import GUIDELINE_TIERS, LARGEST, Level, Tier, plain_name, tier
 from sigil_policy.policies.rate_limit.tokens import (
@@ -385,7 +386,7 @@ class RateLimit(Policy):
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
         if Public in ex:
             return None
-        if ex.method == "OPTIONS" and b"origin" in ex.headers and b"access-control-request-method" in ex.headers:
+        if ex.method == "OPTIONS" and is_preflight(ex):
             return None
         rule: _Rule | None = ex.rule(self) if self._ruled else None
         if rule is _EXEMPT:
@@ -465,7 +466,7 @@ class RateLimit(Policy):
             if self.on_store_loss == "closed" or (
                 amounts is not None and _too_large(fallback.share(face), amounts) is not None
             ):
-                return _unavailable(lost.retry_after)
+                return LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=lost.retry_after)
             decision = fallback.decide(face, key, rule.cost, amounts, ex.clock)
             face = fallback.share(face)
         return self._decided(ex, face, rule, estimate, decision)
@@ -559,7 +560,7 @@ class RateLimit(Policy):
             # Charged when the exchange ends; meanwhile the store is not asked again for every part.
             spending.overdrawn = True
             if self.on_store_loss == "closed":
-                problem = _unavailable(lost.retry_after)
+                problem = LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=lost.retry_after)
         if problem is None or spending.rule.overrun == "overdraw" or spending.ending is None:
             return None
         return EndOfStream(last_words(spending.ending, encode_json(ex.style.members(problem, ex))))
@@ -683,17 +684,15 @@ class RateLimit(Policy):
         index = decision.refused_by[0]
         window = face.plan.windows[index]
         # Never before the moment that any of the refusing windows gives (draft section 6).
-        waits = [whole_seconds(decision.reset[i] - decision.at) for i in decision.refused_by]
-        wait = max(1, whole_seconds(decision.retry_after), *waits)
+        wait = max(decision.retry_after, *[decision.reset[i] - decision.at for i in decision.refused_by])
         if self.retry_spread:
             wait += random.randint(0, self.retry_spread)  # noqa: S311  spreads load, keeps no secret
         pairs = face.pairs(decision, index if self.x_headers else None)
-        pairs.append((b"retry-after", b"%d" % wait))
         if window.unit != "requests" and self.x_headers:
             pairs.append((b"x-tokens-remaining", b"%d" % face.left(decision.remaining[face.split :])))
         kind = RATE_EXCEEDED if window.unit == "requests" else BUDGET_EXCEEDED
         return kind(
-            f"{_words(window)} are allowed; try again in {wait} seconds.",
+            f"{_words(window)} are allowed.",
             headers=pairs,
             limit=window.limit,
             window=window.seconds,
@@ -767,15 +766,6 @@ def _exhausted(face: Face, missing: tuple[int, ...]) -> Problem:
         window=window.seconds,
         unit=window.unit,
         violated_policies=[name for _, name in lacking],
-    )
-
-
-def _unavailable(retry_after: float) -> Problem:
-    wait = max(1, whole_seconds(retry_after))
-    return LIMITS_UNAVAILABLE(
-        f"Limits cannot be checked at the moment; try again in {wait} seconds.",
-        headers=((b"retry-after", b"%d" % wait),),
-        retry_after=wait,
     )
 
 
