@@ -1,8 +1,9 @@
-"""The kinds of text that identity is configured with, checked when they are given: `realm: Realm = "api"`.
+"""The kinds of text that policies are configured with, checked when they are given: `realm: Realm = "api"`.
 
 Each says what was expected and which RFC says so. None of them is a secret, so an error may show it.
 """
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict
@@ -11,6 +12,17 @@ from sigil_policy.wire.authorization import is_challenge_text, is_scope_token, i
 
 CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 """How the values of this room are validated: unknown options refused, nothing that was given shown in an error."""
+
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _label(text: str) -> str:
+    if not _LABEL.fullmatch(text):
+        raise ValueError(
+            f"name {text!r} must be letters, digits, '.', '_' and '-': it stands in response headers and in keys"
+        )
+    return text
 
 
 def _realm(text: str) -> str:
@@ -47,6 +59,8 @@ def is_subject(text: str) -> bool:
     return 0 < len(text) <= 255 and text.isprintable()
 
 
+Label = Annotated[str, AfterValidator(_label)]
+"""Sets a policy, or a part of one, apart: in front of its limits' names and of its counters."""
 Realm = Annotated[str, AfterValidator(_realm)]
 Scope = Annotated[str, AfterValidator(_scope)]
 HeaderName = Annotated[str, AfterValidator(_token)]

@@ -36,7 +36,6 @@ draft-ietf-httpapi-ratelimit-headers-11 (the unit is registered in section 10.3;
 nothing to say in `t`); RFC 6585 section 4.
 """
 
-import re
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -54,6 +53,7 @@ from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import RouteMatcher
 from sigil_policy.identity.callers import Addresses, Key, TrustedProxies, by_address, by_principal
 from sigil_policy.identity.challenges import is_preflight
+from sigil_policy.identity.fields import Label
 from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.slots import Claim, MemorySlots, Refusal, Slot, SlotStore
 from sigil_policy.stores.urls import slot_store
@@ -67,7 +67,6 @@ Limit = Annotated[int, Field(ge=1, le=999_999_999_999_999, strict=True)]
 _UNIT = "concurrent-requests"
 _ROUTE = "route-concurrency"
 _LONG_KEY = 256
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _POLICY, _STATE = b"ratelimit-policy", b"ratelimit"
 _FIELDS = frozenset((_POLICY, _STATE))
 
@@ -167,15 +166,8 @@ class ConcurrencyLimit(Policy):
     on_store_loss: Literal["closed", "open", "local"] = "closed"
     expected_replicas: Annotated[int, Field(ge=1)] | None = None
     retry_after: Annotated[int, Field(ge=1, le=86_400)] = 1
-    name: str | None = None
+    name: Label | None = None
     draft: Literal[11] | None = 11
-
-    @field_validator("name")
-    @classmethod
-    def _name_plain(cls, name: str | None) -> str | None:
-        if name is not None and not _NAME.fullmatch(name):
-            raise ValueError(f"name {name!r} must be letters, digits, '.', '_' and '-': it stands in response headers")
-        return name
 
     @field_validator("store")
     @classmethod

@@ -283,6 +283,17 @@ async def test_the_rules_own_count_counts_any_body(media: bytes) -> None:
     assert await used(app) == 3
 
 
+async def test_a_whole_body_is_counted_once() -> None:
+    async def whole(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"13")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"a": "b c d"'})
+
+    app = limited(whole, tokens={"/run": TokenRule(estimate=10, count=len)})
+    await drive(app, "POST", "/run")
+    assert await used(app) == 13
+
+
 @pytest.mark.parametrize("count", [lambda part: 1 // 0, lambda part: -3, lambda part: float("nan"), lambda part: None])
 async def test_a_count_that_fails_breaks_no_stream_and_costs_what_is_always_known(count: Any) -> None:
     app = limited(streaming(*[EVENT] * 30), tokens={"/run": TokenRule(estimate=10, count=count)})

@@ -70,9 +70,10 @@ from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
 from sigil_policy.identity.callers import LONG, Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
 from sigil_policy.identity.challenges import is_preflight
+from sigil_policy.identity.fields import Label
 from sigil_policy.policies.rate_limit.fields import FIELDS, Face, merge
 from sigil_policy.policies.rate_limit.loss import Fallback, OnStoreLoss
-from sigil_policy.policies.rate_limit.tiers import GUIDELINE_TIERS, LARGEST, Level, Tier, plain_name, tier
+from sigil_policy.policies.rate_limit.tiers import GUIDELINE_TIERS, LARGEST, Level, Tier, tier
 from sigil_policy.policies.rate_limit.tokens import (
     Estimated,
     Spending,
@@ -177,7 +178,7 @@ class RateLimit(Policy):
     expected_replicas: Annotated[int, Field(ge=1)] | None = None
     lease: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     lapsed: Literal["returned", "charged"] = "returned"
-    name: str | None = None
+    name: Label | None = None
     draft: Literal[11] | None = 11
     x_headers: bool = True
     on_redirects: bool = True
@@ -191,11 +192,6 @@ class RateLimit(Policy):
         if not tiers:
             raise ValueError('tiers is empty; write at least tiers={"free": "20/minute"}')
         return {name: tier(limits) for name, limits in tiers.items()}
-
-    @field_validator("name")
-    @classmethod
-    def _name_plain(cls, name: str | None) -> str | None:
-        return None if name is None else plain_name(name, "name")
 
     @field_validator("store")
     @classmethod
@@ -499,8 +495,6 @@ class RateLimit(Policy):
         if used is None and is_json(head):
             used = reported(ex, body, spending.rule)
         if used is None:
-            if spending.rule.count is not None and not spending.counted:
-                spending.add(body)
             return None
         spending.used = used
         settled = spending.face.store.settle(spending.lease, spending.face.amounts(used), ex.clock.time())

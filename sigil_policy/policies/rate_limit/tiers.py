@@ -13,29 +13,22 @@ from types import MappingProxyType
 from typing import Self
 
 import limits as limit_strings
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.exchange import Exchange
+from sigil_policy.identity.fields import CONFIG, Label
 from sigil_policy.stores.limits import MONTH, Unit, Window
 
-OPTIONS = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 LARGEST = 999_999_999_999_999
 """The largest number that a header can say (RFC 9651 section 3.3.1)."""
 
 _MONTHLY = re.compile(r"\s*(\d{1,16})\s*(?:/|per)\s*(?:1\s+)?calendar[ -]month\s*", re.IGNORECASE)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Limits = str | int | None
 
 
-def plain_name(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{what} {name!r} must be letters, digits, '.', '_' and '-': it stands in response headers")
-    return name
-
-
-@dataclass(frozen=True, kw_only=True, config=OPTIONS)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Tier:
     """What the callers of one tier may do.
 
@@ -121,7 +114,7 @@ def tier(limits: Tier | str) -> Tier:
     return Tier(requests=limits) if isinstance(limits, str) else limits
 
 
-@dataclass(frozen=True, config=OPTIONS)
+@dataclass(frozen=True, config=CONFIG)
 class Level:
     """Limits that several callers share: those of a user's keys, of an organisation's users.
 
@@ -135,15 +128,10 @@ class Level:
             table is limited by its first row.
     """
 
-    name: str
+    name: Label
     key: Callable[[Exchange], str | None]
     limits: Tier | str | Mapping[str, Tier | str]
     tier: Callable[[Exchange], str | None] | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str) -> str:
-        return plain_name(name, "level")
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

@@ -24,8 +24,9 @@ from pydantic.dataclasses import dataclass
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import TokenUsage
 from sigil_policy.core.policy import Listed
+from sigil_policy.identity.fields import CONFIG
 from sigil_policy.policies.rate_limit.fields import Face
-from sigil_policy.policies.rate_limit.tiers import LARGEST, OPTIONS
+from sigil_policy.policies.rate_limit.tiers import LARGEST
 from sigil_policy.stores.limits import Lease
 
 Estimated = int | TokenUsage | None
@@ -41,7 +42,7 @@ _LEAST_STEP = 64
 _LINES = (b"application/x-ndjson", b"application/jsonl", b"application/json-seq")
 
 
-@dataclass(frozen=True, kw_only=True, config=OPTIONS)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TokenRule:
     """A route that spends language-model tokens.
 

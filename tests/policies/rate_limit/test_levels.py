@@ -176,7 +176,7 @@ async def test_wrong_levels_fail_at_construction(options: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("a b", by_subject, "1/minute"), "level 'a b'"),
+        (("a b", by_subject, "1/minute"), "name 'a b'"),
         (("user", by_subject, {}), "empty table"),
         (("user", by_subject, "often"), "must be like"),
     ],
