@@ -27,8 +27,8 @@ class Face:
     """The windows of `plan` under the `names` that clients see; `store` counts them.
 
     `headline` is the window that `X-RateLimit-*` describes on a success, None for none of these fields, and `drafted`
-    says whether `RateLimit` and `RateLimit-Policy` are sent. `degraded` marks limits that hold for this process alone:
-    `shared(plan, store)` is a face of that kind, with the same names.
+    says whether `RateLimit` and `RateLimit-Policy` are sent. `whole` is the face of which this is one process's
+    share (None: it is nobody's): `shared(plan, store)` makes one, with the same names.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Face:
         headline: str | None,
         x_headers: bool,
         drafted: bool,
-        degraded: bool = False,
+        whole: "Face | None" = None,
     ) -> None:
         self.plan = plan
         self.store = store
         self.names = list(names)
-        self.degraded = degraded
-        self.shared = partial(Face, names=names, headline=headline, x_headers=x_headers, drafted=drafted, degraded=True)
+        self.whole = whole
+        self.shared = partial(Face, names=names, headline=headline, x_headers=x_headers, drafted=drafted, whole=self)
         self.limits = [window.limit for window in plan.windows]
         self.lengths = [window.seconds for window in plan.windows]
         units = [window.unit for window in plan.windows]
@@ -68,7 +68,7 @@ class Face:
             b"ratelimit-policy",
             policy_field(
                 ((n, limit, length, None if u == "requests" else u) for n, limit, length, u in rows),
-                degraded=degraded,
+                degraded=whole is not None,
             ),
         )
         self.template = limit_template(self.names)

@@ -10,7 +10,8 @@
 
 When the store is back, it is told what happened without it: settlements that did not reach it, and what callers used
 meanwhile in windows that still last (by "sliding" and "gcra" at most what they used in twice the window). Each of it
-once: what may have reached the store although no answer came is not told again. A store says itself that it is back
+once: what may have reached the store although no answer came is not told again, and a reservation that was told and
+then not used up stays charged. A store says itself that it is back
 (`on_restored`); else the exchanges that reach it bring the rest along, a few at a time. What is remembered is bounded;
 the newest wins.
 """
@@ -73,14 +74,12 @@ class _Owed:
 class Fallback:
     """Stands in for `store` while it is away; `replicas` processes are expected to do so."""
 
-    def __init__(self, store: LimitStore, mode: OnStoreLoss, replicas: int, algorithm: Algorithm) -> None:
-        self.mode = mode
+    def __init__(self, store: LimitStore, replicas: int, algorithm: Algorithm) -> None:
         self.store = store
         self.replicas = replicas
         self.algorithm = algorithm
         self._faces: dict[Face, Face] = {}
         self._plans: dict[Plan, Plan] = {}
-        self._real: dict[Face, Face] = {}
         self._owed: OrderedDict[tuple[Key, Face], _Owed] = OrderedDict()
         self._unsettled: deque[tuple[Lease, tuple[int, ...]]] = deque(maxlen=_REMEMBERED)
         self._busy = False
@@ -117,7 +116,6 @@ class Fallback:
         known = self._faces.get(face)
         if known is None:
             known = self._faces[face] = face.shared(self._share(face.plan), self.local)
-            self._real[known] = face
         return known
 
     def _share(self, plan: Plan) -> Plan:
@@ -148,7 +146,7 @@ class Fallback:
 
     def owe(self, face: Face, key: Key, amounts: tuple[int, ...], now: float) -> None:
         """Tell the store once it is back that `key` used `amounts`, or less if they are negative."""
-        asked = (key, self._real.get(face, face))
+        asked = (key, face.whole or face)
         owed = self._owed.get(asked)
         if owed is None:
             owed = self._owed[asked] = _Owed(asked[1].plan.windows)

@@ -290,7 +290,7 @@ class RateLimit(Policy):
 
     @cached_property
     def _fallback(self) -> Fallback:
-        return Fallback(self.counters, self.on_store_loss, self.expected_replicas or 1, self.algorithm)
+        return Fallback(self.counters, self.expected_replicas or 1, self.algorithm)
 
     @cached_property
     def _faces(self) -> dict[str | None, Face]:
@@ -497,12 +497,9 @@ class RateLimit(Policy):
         if used is None:
             return None
         spending.used = used
-        settled = spending.face.store.settle(spending.lease, spending.face.amounts(used), ex.clock.time())
+        settled = self._settled(ex, spending, used)
         if isinstance(settled, tuple):
             spending.left = settled
-            if spending.face.degraded:
-                face = spending.face
-                self._owe(ex, face, spending.lease.key, face.amounts(used), face.amounts(spending.estimate))
             return None
         return _settled_later(spending, settled)
 
@@ -565,40 +562,44 @@ class RateLimit(Policy):
             return None
         face, decision, spending = note
         if spending is None and TokenUsage not in ex:
-            return self._catch_up(ex) if self._remote else None
-        usage = ex.get(TokenUsage)
-        now = ex.clock.time()
+            return self._catch_up(ex)
         if spending is not None and spending.left is None:
-            lease, used = spending.lease, face.amounts(spending.final(ex))
-            settled = face.store.settle(lease, used, now)
-            if isinstance(settled, tuple):
-                if face.degraded:
-                    self._owe(ex, face, decision.key, used, face.amounts(spending.estimate))
-                return self._catch_up(ex)
-            return self._settle(ex, settled, lambda: self._fallback.unsettled(lease, used))
+            used = spending.final(ex)
+            settled = self._settled(ex, spending, used)
+            return self._catch_up(ex) if isinstance(settled, tuple) else self._settle(ex, spending, used, settled)
+        usage = ex.get(TokenUsage)
         # Reported on a route without a rule, or after the settlement: what is used is used.
         if usage is not None and face.budgets:
             before = None if spending is None else spending.used
             late = usage if before is None else TokenUsage(*(max(n - m, 0) for n, m in zip(usage, before, strict=True)))
             if any(late):
                 amounts = (0,) * face.split + face.amounts(late)
+                now = ex.clock.time()
                 charged = face.store.charge(decision.key, face.plan, amounts, now)
                 if not isinstance(charged, tuple):
                     return self._charge(ex, charged, face, decision.key, amounts)
-                if face.degraded:
+                if face.whole is not None:
                     self._fallback.owe(face, decision.key, amounts, now)
-        return self._catch_up(ex) if self._remote else None
+        return self._catch_up(ex)
 
-    async def _settle(self, ex: Exchange, settled: Awaitable[Any], otherwise: Callable[[], None]) -> None:
+    def _settled(self, ex: Exchange, spending: Spending, usage: TokenUsage) -> Any:
+        """Settle where it was decided. What was decided without the store, that is told once it is back."""
+        face = spending.face
+        used = face.amounts(usage)
+        if face.whole is not None:
+            change = [n - m for n, m in zip(used, face.amounts(spending.estimate), strict=True)]
+            self._fallback.owe(face, spending.lease.key, (0,) * face.split + tuple(change), ex.clock.time())
+        return face.store.settle(spending.lease, used, ex.clock.time())
+
+    async def _settle(self, ex: Exchange, spending: Spending, usage: TokenUsage, settled: Awaitable[Any]) -> None:
         try:
             await settled
-        except StoreUnavailableError as lost:
-            self._fallback.lost(lost, ex.clock)
-            otherwise()
-        except BaseException:
-            # The time that an exchange has for this is over, or somebody has cancelled even that.
-            otherwise()
-            raise
+        except BaseException as error:
+            # Also when the time that an exchange has for this is over, or somebody has cancelled even that.
+            self._fallback.unsettled(spending.lease, spending.face.amounts(usage))
+            if not isinstance(error, StoreUnavailableError):
+                raise
+            self._fallback.lost(error, ex.clock)
         else:
             reconciling = self._catch_up(ex)
             if reconciling is not None:
@@ -613,11 +614,6 @@ class RateLimit(Policy):
             # Rather once too often than never: what was used is used. It is told once more, and then no more.
             self._fallback.lost(lost, ex.clock)
             self._fallback.owe(face, key, amounts, ex.clock.time())
-
-    def _owe(self, ex: Exchange, face: Face, key: Any, used: tuple[int, ...], told: tuple[int, ...]) -> None:
-        """What a settlement without the store changes of what the store is to be told."""
-        change = tuple([n - m for n, m in zip(used, told, strict=True)])
-        self._fallback.owe(face, key, (0,) * face.split + change, ex.clock.time())
 
     def _catch_up(self, ex: Exchange) -> Awaitable[None] | None:
         return self._fallback.reconcile(ex.clock) if self._remote and self._fallback.pending(ex.clock) else None
