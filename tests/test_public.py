@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 import sigil_policy
 from sigil_policy import registered_types
@@ -80,6 +81,25 @@ def test_the_readme_names_every_policy() -> None:
     }
     assert policies == set(re.findall(r"^\| `(\w+)` \| ", README, re.MULTILINE)) & policies
     assert len(policies) == 16
+
+
+def test_the_readmes_order_of_policies_is_one_that_works() -> None:
+    key = sigil_policy.Key(algorithm="HS256", secret=SecretStr("s" * 32))
+    options: dict[str, dict[str, object]] = {
+        "ApiKeyAuth": {"store": sigil_policy.MemoryApiKeyStore(()), "pepper": SecretStr("p" * 32)},
+        "BearerAuth": {"issuers": [sigil_policy.Issuer(url="https://auth.example.com", audience="a", keys=[key])]},
+        "ConcurrencyLimit": {"limits": 5},
+        "ProtectedResourceMetadata": {
+            "documents": [sigil_policy.ProtectedResource(resource="https://api.example.com/mcp")]
+        },
+        "Revocation": {"store": sigil_policy.MemoryRevocations()},
+        "Versioning": {"versions": {"v7": sigil_policy.Version(phase="current")}},
+    }
+    names = re.findall(r"^\| `([A-Z][A-Za-z]+)` \| ", README.split("## One pass")[0], re.MULTILINE)
+    assert len(names) == 16
+    policies = [getattr(sigil_policy, name)(**options.get(name, {})) for name in names]
+    stack = sigil_policy.PolicyStack(lambda scope, receive, send: None, policies=policies)
+    assert not stack.missing
 
 
 def test_project_files_name_no_machine() -> None:

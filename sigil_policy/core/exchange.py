@@ -55,6 +55,12 @@ class StreamEndedError(OSError):
     """What `send` raises in the application once a policy has ended the stream (see `EndOfStream`).
 
     An `OSError`, as servers raise for a client that has left: code that handles that one handles this one.
+
+        try:
+            await send(message)
+        except StreamEndedError:
+            await model.stop()
+            raise
     """
 
 

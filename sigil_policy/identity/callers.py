@@ -27,18 +27,26 @@ LONG = 256
 
 
 def by_principal(ex: Exchange) -> str | None:
-    """Counts per authenticated caller; who is anonymous counts by address."""
+    """Counts per authenticated caller; who is anonymous counts by address.
+
+    RateLimit(key=by_principal)                                     # the default
+    """
     principal = ex.principal
     return None if principal is None else principal.key
 
 
 def by_address(ex: Exchange) -> str | None:
-    """Counts per client address, whoever calls. The only key that may stand outside the authentication."""
+    """Counts per client address, whoever calls. The only key that may stand outside the authentication.
+
+    RateLimit(name="address", key=by_address, tiers={"free": "600/minute"})
+    """
     return None
 
 
 def by_subject(ex: Exchange) -> str | None:
     """Counts per subject, whichever credential it shows: for a level over the keys and tokens of one user.
+
+        Level("user", key=by_subject, limits="1000/hour")
 
     Subjects are compared as text: where several issuers may know the same one, write a key of your own.
     """
@@ -47,7 +55,9 @@ def by_subject(ex: Exchange) -> str | None:
 
 
 def by_claim(name: str) -> Key:
-    """Counts per value of a claim (or of a field of an API key's record), such as `by_claim("org")`.
+    """Counts per value of a claim of the caller's token.
+
+        Level("organisation", key=by_claim("org"), limits="10000/hour")
 
     A string or a number counts; without the claim there is nobody to count.
     """

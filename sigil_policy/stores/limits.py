@@ -33,6 +33,8 @@ MONTH = 31 * 86_400
 class StoreUnavailableError(ConnectionError):
     """The store cannot decide now. `retry_after` is when to ask again, in seconds.
 
+        raise StoreUnavailableError("no answer within 50 ms", retry_after=0.5)
+
     `unsent` says that the store surely has not done what it was asked.
     """
 
@@ -174,6 +176,8 @@ class Decision(NamedTuple):
 
 class LimitStore(Protocol):
     """Where the counters live. `now` is seconds since the epoch; a store with a clock of its own may ignore it.
+
+        await check_limit_store(MyStore, algorithm="fixed")             # sigil_policy.testing: what every store keeps
 
     Amounts of tokens are tuples that follow `Plan.tokens`. A store may have `async def aclose(self)`.
     """

@@ -1,7 +1,7 @@
 """Leased quota: a process takes a share of a caller's windows in one trip, and serves requests from it by itself.
 
     store = QuotaShares(RedisLimits(link), share=0.05)
-    app.add_middleware(PolicyStack, policies=[RateLimit(tiers={"batch": "1000/second"}, store=store)])
+    app.add_middleware(PolicyStack, policies=[RateLimit(tiers={"free": "1000/second"}, store=store)])
 
 Of that tier's requests the store sees one in fifty: a trip takes a chunk of `share` x the smallest request limit, and
 what it holds is admitted without waiting.

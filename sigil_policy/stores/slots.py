@@ -63,7 +63,13 @@ def refusal(claims: tuple[Claim, ...], in_flight: tuple[int, ...]) -> Refusal:
 
 
 class SlotStore(Protocol):
-    """Where slots are counted. The keys of the claims of one slot differ. A store may have `async def aclose(self)`."""
+    """Where slots are counted. The keys of the claims of one slot differ. A store may have `async def aclose(self)`.
+
+    taken = store.take((Claim("alice", 2), Claim("POST /run", 50)), ttl=15, now=clock.time())
+    if isinstance(taken, Slot):
+        ...
+        store.give_back(taken)
+    """
 
     @property
     def remote(self) -> bool:
