@@ -43,7 +43,7 @@ from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import structlog
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sigil_policy.core.catalogue import CONCURRENCY_EXCEEDED, LIMITS_UNAVAILABLE
 from sigil_policy.core.exchange import Exchange, Head
@@ -56,7 +56,7 @@ from sigil_policy.identity.challenges import is_preflight
 from sigil_policy.identity.fields import Label
 from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.slots import Claim, MemorySlots, Refusal, Slot, SlotStore
-from sigil_policy.stores.urls import slot_store
+from sigil_policy.stores.urls import found_by, slot_store
 from sigil_policy.wire.ratelimit import member_names
 from sigil_policy.wire.structured import sf_string
 
@@ -161,19 +161,13 @@ class ConcurrencyLimit(Policy):
     exempt: Listed[str] = ()
     trusted_proxies: TrustedProxies = ()
     ipv6_prefix: Annotated[int, Field(ge=16, le=128)] = 64
-    store: Any = None
+    store: Annotated[Any, found_by(slot_store)] = None
     ttl: Annotated[float, Field(ge=1, le=3_600)] = 15.0
     on_store_loss: Literal["closed", "open", "local"] = "closed"
     expected_replicas: Annotated[int, Field(ge=1)] | None = None
     retry_after: Annotated[int, Field(ge=1, le=86_400)] = 1
     name: Label | None = None
     draft: Literal[11] | None = 11
-
-    @field_validator("store")
-    @classmethod
-    def _found_by_url(cls, store: Any) -> Any:
-        # Here, so that a URL with a password stands in no repr.
-        return slot_store(store) if isinstance(store, str) else store
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -14,9 +14,12 @@ A store connects when it is first asked, and is closed with the lifespan of the 
 those of `RedisLimits(url, ...)` and `LimitsStorage(url, ...)`: make one and hand it to the policies.
 """
 
+from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
+
+from pydantic import AfterValidator
 
 from sigil_policy.stores.limits import LimitStore
 from sigil_policy.stores.revocations import RevocationStore
@@ -32,6 +35,14 @@ _LIMITS: "WeakValueDictionary[str, RedisLimits | LimitsStorage]" = WeakValueDict
 _SLOTS: "WeakValueDictionary[str, RedisSlots]" = WeakValueDictionary()
 _REVOCATIONS: "WeakValueDictionary[str, RedisRevocations]" = WeakValueDictionary()
 _ADAPTED = "limits+"
+
+
+def found_by(find: Callable[[str], Any]) -> AfterValidator:
+    """For an option that is a store or its URL: `store: Annotated[Any, found_by(limit_store)] = None`.
+
+    The store is found at construction, so that a URL with a password stands in no repr.
+    """
+    return AfterValidator(lambda store: find(store) if isinstance(store, str) else store)
 
 
 def limit_store(url: str) -> LimitStore:

@@ -85,7 +85,7 @@ from sigil_policy.policies.rate_limit.tokens import (
 )
 from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, StoreUnavailableError, Window
 from sigil_policy.stores.memory import memory_limits
-from sigil_policy.stores.urls import limit_store
+from sigil_policy.stores.urls import found_by, limit_store
 
 logger = structlog.get_logger("sigil_policy")
 
@@ -173,7 +173,7 @@ class RateLimit(Policy):
     headline: str | None = None
     algorithm: Algorithm = "fixed"
     levels: Listed[Level] = ()
-    store: Any = None
+    store: Annotated[Any, found_by(limit_store)] = None
     on_store_loss: OnStoreLoss = "closed"
     expected_replicas: Annotated[int, Field(ge=1)] | None = None
     lease: Annotated[float, Field(ge=1, le=86_400)] = 60.0
@@ -192,12 +192,6 @@ class RateLimit(Policy):
         if not tiers:
             raise ValueError('tiers is empty; write at least tiers={"free": "20/minute"}')
         return {name: tier(limits) for name, limits in tiers.items()}
-
-    @field_validator("store")
-    @classmethod
-    def _found_by_url(cls, store: Any) -> Any:
-        # Here, so that a URL with a password stands in no repr.
-        return limit_store(store) if isinstance(store, str) else store
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
