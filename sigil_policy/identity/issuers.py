@@ -14,7 +14,7 @@ A key belongs to its issuer: it never verifies a token that names another one (R
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -34,6 +34,15 @@ _SCOPE: Mapping[str, ClaimForm] = {"scope": "string"}
 
 # A NumericDate beyond the year 9999 is a mistake (milliseconds), and would make a token that never ends.
 _LAST_SECOND = 253_402_300_799
+
+
+class Reading(NamedTuple):
+    """What claims say, whoever has signed them: of whom, and from when until when (leeway included)."""
+
+    subject: str
+    scopes: frozenset[str]
+    not_before: float
+    not_after: float
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -160,8 +169,8 @@ class Issuer:
             return frozenset()
         return frozenset((self.audience,) if isinstance(self.audience, str) else self.audience)
 
-    def read(self, claims: Mapping[str, Any], realm: str) -> tuple[Principal, float, float]:
-        """The caller that verified `claims` speak of, and from when until when (leeway included).
+    def read(self, claims: Mapping[str, Any]) -> Reading:
+        """What `claims` say; also before a key has signed them, because nothing of the application is asked.
 
         Arrays in `claims` are tuples. `ValueError` names the claim that this issuer's tokens cannot have. Time is not
         asked here.
@@ -177,17 +186,20 @@ class Issuer:
                 not_before = max(not_before, _date(claims[name], name) - self.leeway)
         if self.strict:
             self._check_profile(claims)
+        return Reading(subject, self._scopes(claims), not_before, not_after)
+
+    def principal(self, reading: Reading, claims: Mapping[str, Any], realm: str) -> Principal:
+        """The caller that verified `claims` speak of, as they were read."""
         tier = self._tier(claims)
-        principal = Principal(
-            subject=subject,
-            scopes=self._scopes(claims),
+        return Principal(
+            subject=reading.subject,
+            scopes=reading.scopes,
             # A tier of another type names no tier: limits then fall back to the lowest, never to a higher one.
             tier=tier if isinstance(tier, str) and is_subject(tier) else None,
             issuer=self.url,
             realm=realm,
             claims=claims,
         )
-        return principal, not_before, not_after
 
     def _check_audience(self, claims: Mapping[str, Any]) -> None:
         if "aud" not in claims:

@@ -24,13 +24,15 @@ RFC 7517, OpenID Connect Core 1.0 section 10.1.1, RFC 8725 section 3.
 import json
 import logging
 import math
+from asyncio import Task, get_running_loop
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import Context
 from dataclasses import field
 from typing import Annotated, Any
 from weakref import WeakMethod
 
 from anyio import CancelScope, Event, fail_after, to_thread
-from anyio.lowlevel import EventLoopToken, checkpoint, current_token
+from anyio.lowlevel import checkpoint, current_token
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -167,11 +169,12 @@ class KeyRing:
 class _Flight:
     """One fetch on its way, and the event loop that it is on."""
 
-    __slots__ = ("done", "loop")
+    __slots__ = ("done", "loop", "task")
 
     def __init__(self) -> None:
         self.done = Event()
-        self.loop: EventLoopToken = current_token()
+        self.loop: object = current_token()
+        self.task: Task[None] | None = None
 
 
 class FetchedKeys:
@@ -317,7 +320,28 @@ class FetchedKeys:
         self._asked[name] = self._begun
 
     async def _fetch(self, clock: Clock) -> None:
+        """Fetch, and wait until that has ended."""
         flight = self._flight = _Flight()
+        try:
+            loop = get_running_loop()
+        except RuntimeError:  # trio
+            try:
+                await self._fly(clock)
+            finally:
+                self._land(flight)
+            return
+        # No scope shields from `Task.cancel` and `asyncio.timeout`: there a fetch has a task of its own, so that those
+        # who leave cannot end it time after time.
+        flight.task = loop.create_task(self._fly(clock), context=Context())
+        flight.task.add_done_callback(lambda _: self._land(flight))
+        await flight.done.wait()
+
+    def _land(self, flight: _Flight) -> None:
+        if self._flight is flight:
+            self._flight = None
+        flight.done.set()
+
+    async def _fly(self, clock: Clock) -> None:
         self._begun += 1
         number = self._begun
         options = self._options
@@ -344,9 +368,6 @@ class FetchedKeys:
                     complaint = "could not be asked: fetches were interrupted"
             if complaint is not None:
                 self._fail(complaint, clock)
-            if self._flight is flight:
-                self._flight = None
-            flight.done.set()
 
     async def _load(self) -> tuple[float | None, dict[str, Key] | None]:
         """What the set may be used for, and its keys; None for the same as before."""

@@ -61,10 +61,13 @@ def trust() -> "ssl.SSLContext":
 def make_client(
     transport: "httpx2.AsyncBaseTransport | None", tls: "ssl.SSLContext | Literal[True]"
 ) -> "httpx2.AsyncClient":
-    """A client that follows nothing by itself. It is made for each fetch: a connection that idles between two is of no
-    use, and one that belongs to an event loop would be in the way of the next."""
+    """A client that follows nothing by itself, and goes through no proxy that some variable of the environment names.
+
+    It is made for each fetch: a connection that idles between two is of no use, and one that belongs to an event loop
+    would be in the way of the next.
+    """
     client: httpx2.AsyncClient = load_client().AsyncClient(
-        transport=transport, verify=tls, follow_redirects=False, timeout=None
+        transport=transport, verify=tls, follow_redirects=False, timeout=None, trust_env=False
     )
     return client
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from sigil_policy.core.facts import Principal
-from sigil_policy.identity.issuers import Issuer
+from sigil_policy.identity.issuers import Issuer, Reading
 from sigil_policy.identity.key_sets import FetchedKeys, Name
 from sigil_policy.wire.jws import MAX_TOKEN, CompactJws, parse_compact, parse_object
 
@@ -102,9 +102,12 @@ class TokenVerifier:
                 raise
             if self._issuer(unsigned) is not unknown.issuer:
                 raise TokenError("iss") from None
-            self._judge(unknown.issuer, unsigned, now)
+            _judge(unknown.issuer, _frozen(unsigned), now)
             raise
-        return self._judge(issuer, claims, now)
+        held = _frozen(claims)
+        reading = _judge(issuer, held, now)
+        # Only now: the application is asked of nothing that no key has signed.
+        return VerifiedToken(issuer.principal(reading, held, self._realm), reading.not_before, reading.not_after)
 
     def _signed(self, jws: CompactJws) -> tuple[Issuer, Mapping[str, Any]]:
         """The issuer whose key has signed, and what it has signed."""
@@ -127,17 +130,6 @@ class TokenVerifier:
             raise TokenError("signature")
         _check_signature(issuer, jws)
         return issuer, claims
-
-    def _judge(self, issuer: Issuer, claims: Mapping[str, Any], now: float) -> VerifiedToken:
-        try:
-            verified = VerifiedToken(*issuer.read(_frozen(claims), self._realm))
-        except ValueError as error:
-            raise TokenError(str(error)) from None
-        if now < verified.not_before:
-            raise TokenError("early")
-        if now >= verified.not_after:
-            raise TokenError("expired")
-        return verified
 
     def _owner(self, header: Mapping[str, Any]) -> Issuer | None:
         """The issuer whose keys alone the header can mean, or None where nobody can tell."""
@@ -230,6 +222,18 @@ def _check_signature(issuer: Issuer, jws: CompactJws) -> None:
         raise TokenError("key")
     if not any(key.verify(jws.signed, jws.signature) for key in keys):
         raise TokenError("signature")
+
+
+def _judge(issuer: Issuer, claims: Mapping[str, Any], now: float) -> Reading:
+    try:
+        reading = issuer.read(claims)
+    except ValueError as error:
+        raise TokenError(str(error)) from None
+    if now < reading.not_before:
+        raise TokenError("early")
+    if now >= reading.not_after:
+        raise TokenError("expired")
+    return reading
 
 
 def _frozen(claims: Mapping[str, Any]) -> Mapping[str, Any]:

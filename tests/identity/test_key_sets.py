@@ -706,22 +706,52 @@ async def test_those_who_leave_take_nothing_from_those_who_stay(clock):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_fetch_that_the_event_loop_kills_is_made_again_by_who_waits(clock):
+@pytest.mark.parametrize("leave", ["cancel", "timeout"])
+async def test_clients_that_leave_cannot_end_a_fetch_however_often_they_do(leave, clock):
+    """What asyncio cancels is a task, and no scope shields from that: a server that does so when a client disconnects
+    would let anybody keep the keys away from all others."""
     import asyncio
 
     provider = Provider(A)
     provider.hold = anyio.Event()
     keys = fetched(provider)
-    first = asyncio.create_task(keys.obtain(clock))
+
+    async def give_up() -> None:
+        async with asyncio.timeout(0):
+            await keys.obtain(clock)
+
+    staying = asyncio.create_task(keys.obtain(clock))
+    for _ in range(10):
+        leaving = asyncio.create_task(keys.obtain(clock) if leave == "cancel" else give_up())
+        await anyio.wait_all_tasks_blocked()
+        leaving.cancel()
+        with pytest.raises((asyncio.CancelledError, TimeoutError)):
+            await leaving
+    staying.cancel()
     await anyio.wait_all_tasks_blocked()
-    second = asyncio.create_task(keys.obtain(clock))
-    await anyio.wait_all_tasks_blocked()
-    first.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await first
     provider.hold.set()
-    await second
-    assert provider.fetches == 2
+    await keys.obtain(clock)
+    assert provider.fetches == 1
+    assert keys.remaining(clock) == 480
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_fetch_that_the_event_loop_kills_is_made_again_by_who_waits(begun, clock):
+    import asyncio
+
+    provider = Provider(A)
+    provider.hold = anyio.Event()
+    keys = fetched(provider)
+    waiting = [asyncio.create_task(keys.obtain(clock)) for _ in range(2)]
+    await asyncio.sleep(0)
+    if begun:
+        await anyio.wait_all_tasks_blocked()
+    assert keys._flight.task is not None
+    keys._flight.task.cancel()
+    provider.hold.set()
+    await asyncio.gather(*waiting)
+    assert provider.fetches == (2 if begun else 1)
 
 
 def test_a_fetch_that_ended_with_its_event_loop_holds_nobody_up(clock):

@@ -46,7 +46,7 @@ class ApiKeyRecord:
     digest: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     subject: Subject
     scopes: frozenset[Scope] = frozenset()
-    tier: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    tier: Subject | None = None
     expires: Moment | None = None
     prefix: Annotated[str, Field(pattern=rf"^{PREFIX}$")] = "sk_live"
     created: Moment | None = None
