@@ -45,7 +45,9 @@ class Principal:
 
     `kind` tells how the caller was authenticated (`"bearer"` or `"api_key"`), `tier` names the set of limits
     (`None`: the credential named none), `claims` are the verified claims of the token (empty for keys), `realm` is the
-    protection space that a challenge to this caller names.
+    protection space that a challenge to this caller names. `expires` is the moment, in seconds since the epoch, from
+    which the credential speaks for nobody (leeway included; `None`: it has no end): what lasts longer than a request,
+    such as a WebSocket, ends there.
     """
 
     subject: str
@@ -55,6 +57,7 @@ class Principal:
     issuer: str | None = None
     realm: str = "api"
     claims: Mapping[str, Any] = field(default_factory=lambda: _NO_CLAIMS, repr=False)
+    expires: float | None = None
 
     # What Starlette's `request.user` promises.
     is_authenticated = True

@@ -199,6 +199,7 @@ class Issuer:
             issuer=self.url,
             realm=realm,
             claims=claims,
+            expires=reading.not_after,
         )
 
     def _check_audience(self, claims: Mapping[str, Any]) -> None:

@@ -60,7 +60,14 @@ class ApiKeyRecord:
         """The caller that this key stands for."""
         known = self._principals.get(realm)
         if known is None:
-            known = Principal(subject=self.subject, scopes=self.scopes, tier=self.tier, kind="api_key", realm=realm)
+            known = Principal(
+                subject=self.subject,
+                scopes=self.scopes,
+                tier=self.tier,
+                kind="api_key",
+                realm=realm,
+                expires=self.expires,
+            )
             self._principals[realm] = known
         return known
 
