@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from starlette.authentication import UnauthenticatedUser
 
 from sigil_policy.core.clock import Clock
-from sigil_policy.core.facts import Credentials, Principal, TokenUsage
+from sigil_policy.core.facts import Cosigners, Credentials, Principal, TokenUsage
 
 if TYPE_CHECKING:
     from sigil_policy.core.host import Host
@@ -128,9 +128,10 @@ class Exchange(dict[type, Any]):
 
     # Slots: making one costs half as much as with an instance dictionary.
     __slots__ = (
-        "__weakref__", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_rules", "_scope", "clock",
-        "done", "error", "finished", "first_byte", "gone", "headers", "host", "kind", "last_byte", "method", "path",
-        "principal", "query", "refused_by", "repeated", "sent_bytes", "started", "started_monotonic", "status", "style",
+        "__weakref__", "_closing", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_rules",
+        "_scope", "clock", "done", "error", "finished", "first_byte", "gone", "headers", "host", "kind", "last_byte",
+        "method", "path", "principal", "query", "refused_by", "repeated", "sent_bytes", "started", "started_monotonic",
+        "status", "style",
     )  # fmt: skip
 
     def __init__(self, scope: Message, receive: Receive, clock: Clock, host: "Host", style: "ProblemStyle") -> None:
@@ -145,6 +146,7 @@ class Exchange(dict[type, Any]):
         self.repeated: Mapping[bytes, tuple[bytes, ...]] = _NONE_REPEATED
         self._rules: Mapping[int, Any] = _NO_RULES
         self._replay: Message | None = None
+        self._closing: Message | None = None
         self._given: frozenset[type] = _NO_FACTS
         self._scope = self._outer_scope = scope
         self._receive = receive
@@ -182,7 +184,8 @@ class Exchange(dict[type, Any]):
         """What the application receives: notices a client that leaves, replays a body that a policy has read."""
         replay = self._replay
         if replay is not None:
-            self._replay = None
+            if self._closing is None:  # a WebSocket that a policy has closed stays closed
+                self._replay = None
             return replay
         message = await self._receive()
         kind = message["type"]
@@ -250,6 +253,21 @@ class Exchange(dict[type, Any]):
         self.principal = principal
         self._scope["user"] = principal
         self._scope["auth"] = principal.credentials
+
+    def cosign(self, principal: Principal) -> None:
+        """A further credential was verified, and speaks for `principal`. Who acts stays the caller: `ex.principal`,
+        `request.user`, quotas. Verified again, by a policy further in, only the newest of a `principal.key` counts."""
+        if self.principal is None:
+            self.authenticate(principal)
+            return
+        others = (other for other in self.get(Cosigners) or () if other.key != principal.key)
+        self[Cosigners] = Cosigners((*others, principal))
+
+    @property
+    def principals(self) -> tuple[Principal, ...]:
+        """Whom the verified credentials of this exchange speak for: the caller first, then the cosigners."""
+        caller = self.principal
+        return () if caller is None else (caller, *(self.get(Cosigners) or ()))
 
     def anonymous(self) -> None:
         """Nobody has said who they are; `request.user` and `request.auth` say so too."""

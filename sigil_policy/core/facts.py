@@ -82,6 +82,13 @@ class Principal:
         return Credentials(self.scopes)
 
 
+class Cosigners(tuple[Principal, ...]):
+    """Whom further credentials of this exchange speak for, beside the `Principal`; ask `Exchange.principals`. Given by
+    `BearerAuth` and `ApiKeyAuth`, where `conflicts_with=None` lets a caller present both."""
+
+    __slots__ = ()
+
+
 class Public(NamedTuple):
     """This route was listed as public: nobody has to say who they are. Given by `Scopes`."""
 

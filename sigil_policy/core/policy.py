@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar, dataclass_transf
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.exchange import Exchange, Head, Message
 from sigil_policy.core.problems import Problem, Reply
 
 Answer = Problem | Reply | None
@@ -31,6 +31,7 @@ Item = TypeVar("Item")
 Listed = Annotated[Sequence[Item], AfterValidator(tuple)]
 """A list or a tuple, as whoever writes it likes; kept as a tuple, because a policy is a value."""
 
+_CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006, 1010}
 _CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 
 
@@ -55,6 +56,35 @@ class EndOfStream:
     last: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Close:
+    """What `on_message` and `on_check` return to close a WebSocket.
+
+        def on_check(self, ex: Exchange) -> Close | float:
+            return Close(4401, "the credential has ended") if self.is_over(ex) else 30.0
+
+    The close frame goes out, and nothing after it: the application's next `send` raises `StreamEndedError`, and
+    `receive` gives `websocket.disconnect` with this code, as if the client had left. The outcome is `refused`, by this
+    policy; what the application raises because of it (also Starlette's `WebSocketDisconnect`) is no error.
+
+    Options:
+        code: one that a server may send: 1000 to 1014 without 1004, 1005, 1006 and 1010, or 3000 to 4999, of which
+            those from 4000 are nobody else's (RFC 6455 section 7.4; default 1008, "policy violation").
+        reason: at most 123 bytes of UTF-8 (section 5.5); servers before ASGI 2.3 don't send it (default empty).
+
+    Raises `ValueError` for what no close frame can hold.
+    """
+
+    code: int = 1008
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in _CODES:
+            raise ValueError(f"close code {self.code} cannot be sent; take 1008, or one from 4000 to 4999 (RFC 6455)")
+        if len(self.reason.encode()) > 123:
+            raise ValueError("a close reason is at most 123 bytes of UTF-8 (RFC 6455 section 5.5)")
+
+
 class Closable(Protocol):
     """What a policy owns beyond an exchange: a store with connections."""
 
@@ -74,10 +104,13 @@ class Policy:
     * `on_response(ex, head)`: just before the head leaves this policy. No IO.
     * `on_chunk(ex, chunk)`: each body part that leaves this policy, before it goes on; see `wants_chunks`. Watch, don't
       delay. May return `EndOfStream` to cut the stream short.
+    * `on_message(ex, message)`: each message of the client on an accepted WebSocket, before the application gets it.
+      Outermost first.
+    * `on_check(ex)`: asked on an accepted WebSocket, and again after as many seconds as it says.
     * `on_error(ex, error)`: an exception came out of what is inside, and no response has left outwards yet.
     * `on_finish(ex)`: exactly once for every policy whose turn came, however it ended (`ex.outcome`).
 
-    `on_request`, `on_body`, `on_chunk`, `on_error` and `on_finish` may return an awaitable when they have real IO to
+    All but `around`, `wants_body`, `on_response` and `wants_chunks` may return an awaitable when they have real IO to
     wait for. One from `on_chunk` holds the chunk, and the application that sends it, until it is done.
 
     Order is declared, not remembered: `gives` names the facts this policy gives, `needs` those an outer policy must
@@ -120,6 +153,22 @@ class Policy:
         return True
 
     def on_chunk(self, ex: Exchange, chunk: bytes) -> EndOfStream | Awaitable[EndOfStream | None] | None:
+        return None
+
+    def on_message(self, ex: Exchange, message: Message) -> Problem | Close | Awaitable[Problem | Close | None] | None:
+        """What holds for `message` (`websocket.receive`): None hands it on.
+
+        With a `Problem` it is not handed on, and the client gets the problem as a message (see
+        `ProblemStyle.message`); with a `Close` it was the last one.
+        """
+        return None
+
+    def on_check(self, ex: Exchange) -> float | Close | Awaitable[float | Close | None] | None:
+        """Whether the connection may go on: for so many seconds, until it is asked again; None for ever.
+
+        It is asked when the application next receives or sends after that time, and where it waits for a message just
+        then, also without one coming. An application that does neither is not disturbed, and nothing passes.
+        """
         return None
 
     def on_error(self, ex: Exchange, error: Exception) -> Answer | Awaitable[Answer]:

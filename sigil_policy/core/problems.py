@@ -237,6 +237,16 @@ class ProblemStyle:
             status=problem.status, headers=headers, body=body, code=close_code(problem.status), reraise=reraise
         )
 
+    def message(self, problem: Problem, ex: "Exchange") -> str:
+        """What a client on a WebSocket gets for a message that was refused: `{"type": "error", "data": {...}}`.
+
+        `data` has the members of the problem, `error_message` (its detail, or title) and the `retry_after` if it names
+        one; a client of the guidelines reads `error_message`.
+        """
+        text = problem.detail or problem.type.title
+        data = {"error_message": text, **self.members(problem, ex)}
+        return encode_json({"type": "error", "data": data, "timestamp": data["timestamp"]}).decode("ascii")
+
 
 DEFAULT_STYLE = ProblemStyle()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from anyio import move_on_after
 from starlette.requests import ClientDisconnect
+from starlette.websockets import WebSocketDisconnect
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Head, Message, Receive, StreamEndedError
@@ -26,6 +27,7 @@ from sigil_policy.core.ordering import PolicyOrderError, check_order, missing_te
 from sigil_policy.core.policy import Answer, EndOfStream, Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem, Reply
 from sigil_policy.core.routing import RouteMatcher
+from sigil_policy.core.socket import Socket
 
 Scope = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -40,7 +42,10 @@ _LONGEST_CHAIN = 100
 _ENDED = "a policy has ended this stream; nothing more is sent"
 _NO_END = "on_chunk returns None, EndOfStream, or an awaitable of one of them, not {}"
 _OVER = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
-_HOOKS = ("on_request", "around", "on_body", "on_response", "on_chunk", "on_error", "on_finish")
+_PROTOCOL = b"sec-websocket-protocol"
+_HOOKS = (
+    "on_request", "around", "on_body", "on_response", "on_chunk", "on_message", "on_check", "on_error", "on_finish",
+)  # fmt: skip
 
 
 class _Layer:
@@ -51,6 +56,8 @@ class _Layer:
     on_body: Any
     on_response: Any
     on_chunk: Any
+    on_message: Any
+    on_check: Any
     on_error: Any
     on_finish: Any
 
@@ -137,6 +144,7 @@ class PolicyStack:
         ]
         self.finishes = [outside(level, "on_finish") for level in levels]
         self.unwinds = [outside(level, "on_body", "around", "on_error", "on_finish") for level in levels]
+        self.watchers = tuple(layer for layer in layers if layer.on_message or layer.on_check)
         tables = {id(policy): rules for policy in self.policies if (rules := policy.rules())}
         self.matcher = RouteMatcher(tables) if tables else None
         self.resources = [resource for policy in self.policies for resource in policy.resources()]
@@ -182,6 +190,9 @@ class PolicyStack:
                         passing.arounds = {**passing.arounds, origin: context}
             else:
                 origin = self.depth
+                if self.watchers and kind == "websocket":
+                    passing.socket = Socket(passing, self.watchers, receive)
+                    receive = passing.socket.receive
                 await self.app(scope, receive, passing.emit)
         except BaseException as raised:
             if not ex._ended or not _because_ended(raised):  # noqa: SLF001
@@ -321,7 +332,19 @@ def _may_wait(message: Message, head: Head, bound: int) -> bool:
 class _Pass:
     """One exchange going through one stack."""
 
-    __slots__ = ("arounds", "ex", "flowing", "held", "left", "outermost", "scope", "send", "stack", "watching")
+    __slots__ = (
+        "arounds",
+        "ex",
+        "flowing",
+        "held",
+        "left",
+        "outermost",
+        "scope",
+        "send",
+        "socket",
+        "stack",
+        "watching",
+    )
 
     def __init__(self, stack: PolicyStack, ex: Exchange, scope: Scope, send: Send, outermost: bool) -> None:
         self.stack = stack
@@ -338,6 +361,13 @@ class _Pass:
         # A stream that nobody watches is under way: what follows is sent and counted.
         self.flowing = False
         self.arounds = _NO_AROUNDS
+        self.socket: Socket | None = None
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Of the WebSocket part of ASGI, as the server speaks it."""
+        version = str((self.scope.get("asgi") or {}).get("spec_version") or "2.0")
+        return tuple(int(part) for part in version.split(".") if part.isdigit())
 
     # --- outwards --------------------------------------------------------------------------------------------------
 
@@ -436,7 +466,7 @@ class _Pass:
         the same loop: one coroutine for each message of the application, whatever the number of policies.
         """
         stack, ex = self.stack, self.ex
-        if ex._ended:  # noqa: SLF001
+        if ex._ended or (ex._closing is not None and message is not ex._closing):  # noqa: SLF001
             raise StreamEndedError(_ENDED)
         waiting: list[_Outgoing] = []
         while True:
@@ -471,7 +501,7 @@ class _Pass:
                                 if body is not None:
                                     messages = [_replaced(hold.head, body)]
             elif kind in _STARTS:
-                if stack.starts[level]:
+                if stack.starts[level] or self.socket is not None:
                     if head is None:
                         head = Head(message.get("status", 101), message.get("headers") or ())
                     if kind == "websocket.accept":
@@ -503,6 +533,8 @@ class _Pass:
                     waiting.append((message, level, None, -1))
                 elif kind == "websocket.close":
                     self.left = 0
+                elif self.socket is not None:
+                    await self.socket.check(level)
             if through:
                 if self.outermost and kind != _BODY:
                     self._record(message, kind)
@@ -572,17 +604,36 @@ class _Pass:
         return index
 
     def _accept(self, message: Message, head: Head, level: int) -> Message:
-        """Run `websocket.accept` outwards. What cannot be said of it must not reach the policies outside either."""
+        """Run `websocket.accept` outwards. What cannot be said of it must not reach the policies outside either.
+
+        In the head, the chosen subprotocol is the field that it will be; ASGI has a key of its own for it.
+        """
         ex = self.ex
-        old = _websocket_version(self.scope) < (2, 1)  # before 2.1 an accept had no headers
-        for index, on_response, _ in self.stack.starts[level]:
-            self.left = min(self.left, index + 1)
-            if on_response is not None:
-                on_response(ex, head)
-                head.status = 101
-                if old:
-                    head = Head(101, message.get("headers") or ())
-        return message if old else {**message, "headers": head.headers}
+        old = self.version < (2, 1)  # before 2.1 an accept had no other headers
+        named: str | None = message.get("subprotocol")
+        chosen = None if named is None else named.encode("latin-1")
+        if chosen is not None:
+            head.replace(_PROTOCOL, chosen)
+        try:
+            for index, on_response, _ in self.stack.starts[level]:
+                self.left = min(self.left, index + 1)
+                if on_response is not None:
+                    on_response(ex, head)
+                    head.status = 101
+                    chosen = head.get(_PROTOCOL)
+                    if old:
+                        head = Head(101, message.get("headers") or ())
+                    if chosen is not None:
+                        head.replace(_PROTOCOL, chosen)
+            head.remove(_PROTOCOL)
+            self.left = 0
+        finally:
+            if self.socket is not None:
+                self.socket.opened = self.left
+        if not old:
+            message = {**message, "headers": head.headers}
+        now = None if chosen is None else chosen.decode("latin-1")
+        return message if now == named else {**message, "subprotocol": now}
 
     def _watch(self, layer: _Layer, message: Message, head: Head) -> None:
         """Ask a policy whether it watches the chunks behind this head, which is about to leave it."""
@@ -748,8 +799,8 @@ def _because_ended(error: BaseException | None) -> bool:
     for _ in range(_LONGEST_CHAIN):
         if isinstance(link, ExceptionGroup):
             return all(map(_because_ended, link.exceptions))
-        if isinstance(link, StreamEndedError):
-            if not isinstance(error, OSError | ClientDisconnect):
+        if isinstance(link, StreamEndedError | WebSocketDisconnect):
+            if not isinstance(error, OSError | ClientDisconnect | WebSocketDisconnect):
                 logger.warning("raised by the application because its stream was ended", exc_info=error)
             return True
         if not isinstance(link, Exception):
@@ -778,8 +829,3 @@ def _below(root: str, path: str) -> str:
     if path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
         return path[len(root) :]
     return path
-
-
-def _websocket_version(scope: Scope) -> tuple[int, ...]:
-    version = str((scope.get("asgi") or {}).get("spec_version") or "2.0")
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

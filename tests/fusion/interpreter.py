@@ -7,13 +7,15 @@ the comparison notices.
 
 import contextlib
 import inspect
+import math
 from typing import Any
 
 import anyio
+from starlette.websockets import WebSocketDisconnect
 
 from sigil_policy.core.exchange import Exchange, Head, StreamEndedError
 from sigil_policy.core.host import PLAIN
-from sigil_policy.core.policy import Policy
+from sigil_policy.core.policy import Close, Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem
 
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
@@ -28,6 +30,8 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
         ex = Exchange(scope, receive, clock, PLAIN, DEFAULT_STYLE)
 
         async def hear() -> Any:
+            if ex._closing:
+                return ex._closing
             message, ex._replay = ex._replay, None
             message = message or await receive()
             if message["type"] in ("http.disconnect", "websocket.disconnect") and not ex.done:
@@ -53,9 +57,9 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
             last = kind.endswith("response.body") and not message.get("more_body", False)
             ex.done = ex.done or last or kind in ("http.response.pathsend", "websocket.close")
 
-        async def innermost(outward: Any) -> None:
+        async def innermost(inward: Any, outward: Any) -> None:
             try:
-                await app(scope, hear, outward)
+                await app(scope, inward, outward)
             except Exception as error:
                 if not (ex._ended and because_of_the_end(error)):
                     raise
@@ -63,7 +67,7 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
         inner = innermost
         for policy in reversed(policies):
             inner = Layer(policy, ex, scope, inner).run
-        return await inner(deliver)
+        return await inner(hear, deliver)
 
     return interpreted
 
@@ -77,9 +81,11 @@ class Layer:
         self.left = False  # a response start has left this layer outwards
         self.watches = False  # its policy wants the chunks of this response
         self.promised = False  # the head that left says how the body ends: it cannot be cut
+        self.opened = False  # a websocket.accept has left this layer outwards
+        self.due = 0.0  # when its policy wants to be asked again
 
-    async def run(self, outward: Any) -> None:
-        self.outward = outward
+    async def run(self, inward: Any, outward: Any) -> None:
+        self.inward, self.outward = inward, outward
         try:
             await self.guarded()
         except BaseException as error:
@@ -101,7 +107,7 @@ class Layer:
             async with policy.around(ex) or contextlib.nullcontext():
                 own = False
                 try:
-                    await self.inner(self.send)
+                    await self.inner(self.hear, self.send)
                     await self.release()
                 except BaseException as error:
                     ex.error = error
@@ -130,6 +136,43 @@ class Layer:
             self.ex.error = error
             raise
 
+    async def hear(self) -> Any:
+        while True:
+            if await self.check():
+                return self.ex._closing
+            message = await self.inward()
+            if self.ex._closing or message["type"] != "websocket.receive" or not self.opened:
+                return message
+            if await self.check():
+                return self.ex._closing
+            answer = await settled(self.policy.on_message(self.ex, message))
+            if answer is None:
+                return message
+            if isinstance(answer, Close):
+                await self.close(answer)
+                return self.ex._closing
+            with contextlib.suppress(StreamEndedError):  # a policy outside has closed it with this very message
+                await self.outward({"type": "websocket.send", "text": DEFAULT_STYLE.message(answer, self.ex)})
+
+    async def check(self) -> bool:
+        """Ask the policy if its time has come; whether that has closed the connection."""
+        if self.opened and not self.ex._closing and self.due <= self.ex.clock.monotonic():
+            self.due = 0.0
+            answer = await settled(self.policy.on_check(self.ex))
+            if isinstance(answer, Close):
+                await self.close(answer)
+                return True
+            self.due = math.inf if answer is None else self.ex.clock.monotonic() + answer
+        return False
+
+    async def close(self, end: Any) -> None:
+        reason = end.reason if self.scope.get("asgi", {}).get("spec_version", "2.0") >= "2.3" else ""
+        self.ex.refused_by = type(self.policy).__name__
+        with contextlib.suppress(Exception):  # who has left cannot be told
+            await self.outward({"type": "websocket.close", "code": end.code, "reason": reason})
+        self.ex._closing = {"type": "websocket.disconnect", "code": end.code, "reason": end.reason}
+        self.ex._ended = True
+
     async def send(self, message: Any) -> None:
         if self.ex._ended:
             raise StreamEndedError
@@ -152,6 +195,8 @@ class Layer:
             if self.ex._ended:
                 return
             self.left = self.left or kind == "websocket.close"
+            if kind != "websocket.close" and await self.check():
+                raise StreamEndedError
             await self.outward(message)
 
     def holds(self, message: Any, head: Any) -> bool:
@@ -192,11 +237,18 @@ class Layer:
                 await self.depart(*held)
 
     async def depart(self, start: Any, head: Any, parts: Any) -> None:
+        if start.get("subprotocol") is not None:
+            head.replace(b"sec-websocket-protocol", start["subprotocol"].encode())
         self.policy.on_response(self.ex, head)
         if start["type"] == "http.response.start":
             self.watches = self.policy.wants_chunks(self.ex, head)
             self.promised = head.get(b"content-length") is not None or start.get("trailers", False)
         self.left = True
+        if start["type"] == "websocket.accept":
+            self.opened = True
+            if chosen := head.get(b"sec-websocket-protocol"):
+                start = {**start, "subprotocol": chosen.decode()}
+            head.remove(b"sec-websocket-protocol")
         if start["type"] != "websocket.accept":
             await self.outward({**start, "status": head.status, "headers": head.headers})
         elif self.scope.get("asgi", {}).get("spec_version", "2.0") >= "2.1":
@@ -244,6 +296,6 @@ def rendered(answer: Any, ex: Any) -> Any:
 def because_of_the_end(error: Any) -> bool:
     if isinstance(error, ExceptionGroup):
         return all(because_of_the_end(one) for one in error.exceptions)
-    if not isinstance(error, Exception) or isinstance(error, StreamEndedError):
+    if not isinstance(error, Exception) or isinstance(error, StreamEndedError | WebSocketDisconnect):
         return isinstance(error, Exception)
     return because_of_the_end(error.__cause__ or error.__context__)

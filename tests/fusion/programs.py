@@ -16,10 +16,11 @@ import anyio
 import anyio.lowlevel
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect
+from starlette.websockets import WebSocketDisconnect
 
 from sigil_policy.core.catalogue import RATE_EXCEEDED
 from sigil_policy.core.exchange import Exchange, Head
-from sigil_policy.core.policy import EndOfStream, Policy
+from sigil_policy.core.policy import Close, EndOfStream, Policy
 from sigil_policy.core.problems import Reply
 from sigil_policy.testing import FrozenClock
 
@@ -175,6 +176,25 @@ def on_chunk(self: Scripted, ex: Exchange, chunk: bytes) -> Any:
     return self._run("on_chunk", act, None if last is None or len(chunk) < least else EndOfStream(last))
 
 
+def on_message(self: Scripted, ex: Exchange, message: Any) -> Any:
+    act = self._seen("on_message", message.get("text"))
+    refused = act.do in ("close", "problem") and message.get("text") == act.arg
+    return self._run("on_message", act, _close(act) if refused else None)
+
+
+def on_check(self: Scripted, ex: Exchange) -> Any:
+    act = self._seen("on_check")
+    self.world.asked[self.name] = asked = self.world.asked.get(self.name, 0) + 1
+    return self._run("on_check", act, _close(act) if act.do == "close" and asked > act.arg else CHECKS.get(act.do))
+
+
+CHECKS = {"always": 0, "soon": 4, "close": 2.5, "late": 1_000}
+
+
+def _close(act: Act) -> Any:
+    return Close(4401, "ended") if act.do == "close" else RATE_EXCEEDED("slow down")
+
+
 def on_error(self: Scripted, ex: Exchange, error: Exception) -> Any:
     act = self._seen("on_error", label(error), label(ex.error), ex.outcome)
     return self._run("on_error", act, lambda: _answer(act))
@@ -204,11 +224,25 @@ def _change(head: Head, act: Act, name: str) -> None:
         head.remove(b"content-length")
     elif act.do == "stream":
         head.replace(b"content-type", b"text/event-stream")
+    elif act.do == "protocol":
+        head.replace(b"sec-websocket-protocol", act.arg)
 
 
 HOOKS = {
     hook.__name__: hook
-    for hook in (on_request, around, wants_body, on_body, on_response, wants_chunks, on_chunk, on_error, on_finish)
+    for hook in (
+        on_request,
+        around,
+        wants_body,
+        on_body,
+        on_response,
+        wants_chunks,
+        on_chunk,
+        on_message,
+        on_check,
+        on_error,
+        on_finish,
+    )
 }
 
 
@@ -282,6 +316,8 @@ def made_of(error: Exception, what: str) -> None:
     """Raise what an application, or its framework, makes of an exception that `send` raised."""
     if what == "other":
         raise ClientDisconnect  # as Starlette does
+    if what == "left":
+        raise WebSocketDisconnect(4401)  # likewise, for what `receive` gave
     if what == "from":
         raise ValueError("from") from error
     if what == "group":
@@ -297,6 +333,7 @@ class World:
         self.log: Log = []
         self.limits: dict[str, anyio.CancelScope] = {}
         self.clock = FrozenClock()
+        self.asked: dict[str, int] = {}
         self.sent = 0
         self.incoming = iter(program.incoming)
         self.policies = [
@@ -316,9 +353,14 @@ class World:
                     # A message of our own: whoever writes into it does not change the program.
                     await send(dict(step.message))
                 elif step.do == "receive":
-                    self.log.append(("app", plain(await receive())))
+                    message = await receive()
+                    self.log.append(("app", plain(message)))
+                    if step.message == "or leave" and message["type"] == "websocket.disconnect":
+                        raise WebSocketDisconnect(4401)  # as Starlette does
                 elif step.do == "wait":
                     await anyio.lowlevel.checkpoint()
+                elif step.do == "tick":
+                    self.clock.advance(step.message)
                 elif step.do == "hang":
                     await self.hang(step.message)
                 elif step.do == "raise":
@@ -391,6 +433,10 @@ REQUESTS: tuple[tuple[Any, ...], ...] = (
 FRAMES: tuple[tuple[Any, ...], ...] = (
     ({"type": "websocket.connect"}, {"type": "websocket.receive", "text": "hello"}),
     ({"type": "websocket.connect"},),
+    (
+        {"type": "websocket.connect"},
+        *({"type": "websocket.receive", "text": text} for text in ("hello", "more", "last", "more")),
+    ),
 )
 
 
@@ -410,7 +456,9 @@ class Draw(Random):
         trouble = self.choice((0.03, 0.1, 0.1, 0.3))
         # Streams that policies may end are rare among all the rest: some programs are made of them.
         self.streams = kind == "http" and self.often(0.25)
-        trouble = 0.03 if self.streams else trouble
+        # Likewise connections that policies may close, and talk on them.
+        self.talk = kind == "websocket" and self.often(0.6)
+        trouble = 0.03 if self.streams or self.talk else trouble
         return Program(
             policies=tuple(self.script(kind, trouble) for _ in range(self.choice((0, 1, 2, 2, 3, 3, 4, 5, 6, 8)))),
             app=(
@@ -419,11 +467,11 @@ class Draw(Random):
             ),
             kind=kind,
             method=self.choice(("GET", "GET", "GET", "POST", "HEAD")),
-            incoming=self.choice(REQUESTS if kind == "http" else FRAMES),
+            incoming=self.choice(REQUESTS if kind == "http" else FRAMES[2:] if self.talk else FRAMES),
             send_fails_at=self.randrange(4) if self.often(0.1) else None,
             send_waits=self.often(),
             denial=self.often(),
-            spec_version=self.choice(("2.0", "2.1", "2.4", "2.4")),
+            spec_version=self.choice(("2.0", "2.1", "2.3", "2.4", "2.4")),
             cuts=tuple(self.often() for _ in range(7)),
         )
 
@@ -456,6 +504,11 @@ class Draw(Random):
             return Act("no")
         if hook == "on_chunk" and self.often(0.4):
             return Act("end", (self.choice((0, 0, 1, 6)), self.choice(BODIES)), waits)
+        if hook == "on_message" and self.often(0.4):
+            return Act(self.choice(("close", "problem")), self.choice(("hello", "more", "last")), waits)
+        if hook == "on_check":
+            do = self.choice(("pass", "always", "soon", "soon", "late", "close"))
+            return Act(do, self.choice((0, 1, 2)) if do == "close" else None, waits)
         if hook in ("on_body", "on_response") and self.often(0.7):
             return self.change(hook, waits)
         return Act(waits=waits)
@@ -469,6 +522,8 @@ class Draw(Random):
     def change(self, hook: str, waits: bool) -> Act:
         if hook == "on_body" and self.often():
             return Act("bytes", self.choice(BODIES), waits) if self.often(0.8) else Act("not modified", waits=waits)
+        if self.talk and self.often(0.2):
+            return Act("protocol", self.choice((b"one", b"two")), waits)
         do = self.choice(("add", "add", "add", "status", "no length", "stream", "add" if self.streams else "length"))
         arg = self.choice((201, 204, 304, 418)) if do == "status" else self.choice((0, 5, 30))
         return Act(do, arg, waits)
@@ -515,12 +570,19 @@ class Draw(Random):
             {"type": "websocket.http.response.body"},
         ]
         text = {"type": "websocket.send", "text": "hi"}
+        if self.often(0.3):
+            accept["subprotocol"] = self.choice((None, "chat"))
+        if self.talk:
+            return [accept, *[text] * self.choice((0, 1, 2, 3)), *([close] if self.often() else ())]
         return self.choice(([accept, text, close], [accept, text], [close], denial, denial[:1], []))
 
     def steps(self, messages: list[Any]) -> tuple[Step, ...]:
         """`messages` sent in order, with a few other things in between, and now and then one too many or too few."""
-        catches = self.often(0.4) and self.choice((True, True, "other", "from", "group", "mixed", "mixed"))
+        catches = self.often(0.4) and self.choice((True, True, "other", "left", "from", "group", "mixed", "mixed"))
         steps = [Step("send", message, catches if self.often(0.6) else False) for message in messages]
+        for _ in range(self.choice((2, 4, 6)) if self.talk else 0):
+            do = self.choice((Step("receive"), Step("receive", "or leave"), Step("tick", 3)))
+            steps.insert(self.randint(1, len(steps)), do)
         for _ in range(self.choice((0, 0, 1, 1, 2, 3))):
             steps.insert(self.randint(0, len(steps)), self.noise(catches))
         if steps and self.often(0.12):
