@@ -31,6 +31,9 @@ Item = TypeVar("Item")
 Listed = Annotated[Sequence[Item], AfterValidator(tuple)]
 """A list or a tuple, as whoever writes it likes; kept as a tuple, because a policy is a value."""
 
+OVER_LIMIT = 4429
+CREDENTIAL_ENDED = 4401
+"""Close codes of ours, named after the status that says the same on HTTP."""
 _CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006, 1010}
 _CONFIG = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 

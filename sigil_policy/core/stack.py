@@ -546,6 +546,8 @@ class _Pass:
                 if self.outermost and kind not in _STARTS:
                     if kind == _BODY:
                         ex.sent_bytes += len(message.get("body", b""))
+                    elif kind == "websocket.send":
+                        ex.sent_bytes += len(message.get("bytes") or message.get("text") or b"")
                     if kind in _LAST and not message.get("more_body", False):
                         ex.done = True
                         ex.last_byte = ex.clock.monotonic()

@@ -54,6 +54,8 @@ def interpret(app: Any, policies: Any, clock: Any) -> Any:
                 raise
             if kind == "http.response.body":
                 ex.sent_bytes += len(message.get("body", b""))
+            if kind == "websocket.send":
+                ex.sent_bytes += len(message.get("bytes") or message.get("text") or b"")
             last = kind.endswith("response.body") and not message.get("more_body", False)
             ex.done = ex.done or last or kind in ("http.response.pathsend", "websocket.close")
 

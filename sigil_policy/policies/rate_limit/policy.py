@@ -41,7 +41,9 @@ What it guarantees:
 
 Place it inside the authentication and `Scopes`. One more outside of them, `RateLimit(name="address", key=by_address)`,
 bounds what callers without a valid credential may try; what an inner policy refuses has counted in the outer one.
-A WebSocket counts as one request: its handshake.
+On a WebSocket the handshake is a request, and each message of the client is one more: one that the limits refuse does
+not reach the application, and is answered with a message that holds the problem (`ProblemStyle.message`), or ends the
+connection. Tokens are reserved for each anew; what was used is settled with the next message, and at the end.
 
 draft-ietf-httpapi-ratelimit-headers-11; RFC 6585 section 4; API guidelines, "Rate Limiting" and "Token Budget
 Management".
@@ -63,9 +65,9 @@ from sigil_policy.core.catalogue import (
     RATE_EXCEEDED,
     SEMANTICS_FAILED,
 )
-from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.exchange import Exchange, Head, Message
 from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage
-from sigil_policy.core.policy import Answer, Closable, EndOfStream, Listed, Policy
+from sigil_policy.core.policy import OVER_LIMIT, Answer, Closable, Close, EndOfStream, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
 from sigil_policy.identity.callers import LONG, Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
@@ -154,6 +156,10 @@ class RateLimit(Policy):
         usage_header: response header in which the application tells the tokens it used (default "X-Tokens-Used", which
             stays; any other name is taken off the response). None: no header is read.
         bound: bytes of a JSON response that is read for its usage (default 32768); over it only reports count.
+        message_cost: how many requests a message on a WebSocket counts as (default 1; 0: messages are not counted, and
+            tokens are settled at the end).
+        over_messages: what a message over the limit gets: "answer" (default), or "close": the end of the connection
+            with code 4429.
 
     Raises `ValueError` for an unknown tier or headline, limits that cannot be read, an estimate that fits into no tier.
     """
@@ -184,6 +190,8 @@ class RateLimit(Policy):
     on_redirects: bool = True
     retry_spread: Annotated[int, Field(ge=0)] = 0
     usage_header: str | None = "X-Tokens-Used"
+    message_cost: Annotated[int, Field(ge=0)] = 1
+    over_messages: Literal["answer", "close"] = "answer"
     bound: Annotated[int, Field(ge=0)] = 32_768  # type: ignore[misc]  # `Policy.bound` may be made a field
 
     @field_validator("tiers")
@@ -196,6 +204,9 @@ class RateLimit(Policy):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         tiers = cast("Mapping[str, Tier]", self.tiers)
+        if not self.message_cost:
+            # A hook that has nothing to do here is taken out of the pass.
+            object.__setattr__(self, "on_message", None)
         for option in ("default_tier", "anonymous_tier"):
             if getattr(self, option) not in tiers:
                 raise ValueError(
@@ -381,6 +392,20 @@ class RateLimit(Policy):
         rule: _Rule | None = ex.rule(self) if self._ruled else None
         if rule is _EXEMPT:
             return None
+        face, key = self._counted(ex)
+        if rule is None:
+            decision = self._admit(key, face.plan, 1, None, ex.clock.time())
+            if type(decision) is not Decision:
+                return self._decided_later(ex, face, key, _PLAIN, None, decision)
+            if not decision.admitted:
+                return self._refuse(face, decision)
+            ex.keep(self, (face, decision, None))
+            ex.give(face.quota(decision))
+            return None
+        return self._weigh(ex, face, key, rule)
+
+    def _counted(self, ex: Exchange) -> tuple[Face, Any]:
+        """Who is counted: the face and the name, or the names of the caller and its levels."""
         principal = ex.principal
         face = self._faces.get(None if principal is None else principal.tier)
         if face is None or (principal is not None and principal.tier is None):
@@ -394,18 +419,10 @@ class RateLimit(Policy):
             name = bounded(name)
         if self.name is not None:
             name = f"{self.name} {name}"
-        key: Any = name
-        if self.levels:
-            face, key = self._levelled(ex, face, name)
-        if rule is None:
-            decision = self._admit(key, face.plan, 1, None, ex.clock.time())
-            if type(decision) is not Decision:
-                return self._decided_later(ex, face, key, _PLAIN, None, decision)
-            if not decision.admitted:
-                return self._refuse(face, decision)
-            ex.keep(self, (face, decision, None))
-            ex.give(face.quota(decision))
-            return None
+        return self._levelled(ex, face, name) if self.levels else (face, name)
+
+    def _weigh(self, ex: Exchange, face: Face, key: Any, rule: _Rule) -> Answer | Awaitable[Answer]:
+        """Decide with the tokens that `rule` reserves."""
         if rule.tokens is None or not face.budgets:
             return self._ask(ex, face, key, rule, None)
         estimate: Any = rule.tokens.estimate
@@ -472,6 +489,32 @@ class RateLimit(Policy):
             spending = Spending(lease, face, rule.tokens, estimate)
         ex.keep(self, (face, decision, spending))
         ex.give(face.quota(decision))
+        return None
+
+    def on_message(self, ex: Exchange, message: Message) -> Awaitable[Problem | Close | None] | None:
+        note = ex.note(self)
+        return None if note is None else self._take_turn(ex, note[2])
+
+    async def _take_turn(self, ex: Exchange, last: Spending | None) -> Problem | Close | None:
+        """A message is a request of its own: what was used since the last one is settled, then this one is decided."""
+        accounted = TokenUsage()
+        if last is not None:
+            if last.left is None:
+                used, told = last.final(ex), ex.get(TokenUsage)
+                settled = self._settled(ex, last, used)
+                last.close(told or last.before)
+                if not isinstance(settled, tuple):
+                    await self._settle(ex, last, used, settled)
+            accounted = last.used or accounted
+        rule: _Rule = (ex.rule(self) if self._ruled else None) or _PLAIN
+        answer = self._weigh(ex, *self._counted(ex), _Rule(self.message_cost, rule.tokens))
+        if isinstance(answer, Awaitable):
+            answer = await answer
+        if isinstance(answer, Problem):
+            return Close(OVER_LIMIT, answer.type.title) if self.over_messages == "close" else answer
+        spending: Spending | None = ex.note(self)[2]
+        if spending is not None and spending is not last:
+            spending.begin(accounted, ex.sent_bytes)
         return None
 
     def wants_body(self, ex: Exchange, head: Head) -> bool:

@@ -36,6 +36,7 @@ USAGE_PATHS = ("metadata.tokens_used.total_tokens", "usage.total_tokens")
 
 logger = structlog.get_logger("sigil_policy")
 
+_NONE = TokenUsage()
 _TAIL = 8_192
 _BYTES_PER_TOKEN = 4  # of text, as providers estimate it
 _LEAST_STEP = 64
@@ -104,6 +105,7 @@ class Spending:
     """
 
     __slots__ = (
+        "before",
         "counted",
         "counting",
         "counts",
@@ -114,6 +116,7 @@ class Spending:
         "left",
         "overdrawn",
         "rule",
+        "sent_before",
         "step",
         "tail",
         "used",
@@ -133,7 +136,27 @@ class Spending:
         self.tail = bytearray(b"\n")
         self.counted = 0
         self.overdrawn = False
+        self.before = _NONE
+        self.sent_before = 0
         self.step = max(estimate.total_tokens // 2, _LEAST_STEP)
+
+    def begin(self, before: TokenUsage, sent_before: int) -> None:
+        """One of several in an exchange: what was reported and sent `before` is another's."""
+        self.before = before
+        self.sent_before = sent_before
+
+    def close(self, reported: TokenUsage) -> None:
+        """It is settled, and the next one begins: `reported` is what all of them have reported so far."""
+        self.used = reported
+        self.left = ()
+
+    def told(self, ex: Exchange) -> TokenUsage | None:
+        """What was reported."""
+        told = ex.get(TokenUsage)
+        if told is None or self.before is _NONE:
+            return told
+        since = TokenUsage(*[max(number - before, 0) for number, before in zip(told, self.before, strict=True)])
+        return since if any(since) else None
 
     def watch(self, head: Head) -> None:
         """Look at the head of a response: is it counted while it goes out, and can it be ended?"""
@@ -175,7 +198,7 @@ class Spending:
 
     def known(self, ex: Exchange) -> TokenUsage:
         """What the exchange has used so far: at least what was reported, at least what was counted."""
-        told = ex.get(TokenUsage) or self.used or TokenUsage()
+        told = self.told(ex) or self.used or _NONE
         spent = max(told.input_tokens, self.estimate.input_tokens) if told.total_tokens else self.estimate.input_tokens
         output = max(told.total_tokens - told.input_tokens, told.output_tokens, self.counted)
         return TokenUsage(spent, output, max(told.total_tokens, spent + output))
@@ -187,25 +210,24 @@ class Spending:
 
     def final(self, ex: Exchange) -> TokenUsage:
         """What is charged when the exchange is over."""
-        told = ex.get(TokenUsage) or self.used
+        told = self.told(ex) or self.used
         if told is not None:
             return told if ex.outcome == "ok" or not self.counted else self.known(ex)
         if len(self.tail) > 1:
             told = last_event(ex, self.tail, self.rule)
             if told is not None:
                 return told if self.rule.usage is not None else self.known(ex)
-        if not _produced(ex):
-            return TokenUsage()
+        if not self._produced(ex):
+            return _NONE
         if not self.counted and not self.counts:
-            self.counted = -(-ex.sent_bytes // _BYTES_PER_TOKEN)
+            self.counted = -(-(ex.sent_bytes - self.sent_before) // _BYTES_PER_TOKEN)
         self.counted = max(self.counted, 1)
         return self.known(ex)
 
-
-def _produced(ex: Exchange) -> bool:
-    """Whether the client may have got something for its tokens."""
-    status = ex.status
-    return status is not None and (status == 101 or (200 <= status < 300 and ex.sent_bytes > 0))
+    def _produced(self, ex: Exchange) -> bool:
+        """Whether the client may have got something for its tokens."""
+        status = ex.status
+        return status is not None and (status == 101 or 200 <= status < 300) and ex.sent_bytes > self.sent_before
 
 
 def last_words(ending: bytes, problem: bytes) -> bytes:
