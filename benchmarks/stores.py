@@ -103,12 +103,11 @@ async def _measure(url: str, smoke: bool) -> dict[str, Any]:
         await flood_uncached()
         # What our admission runs, over a pool as an application would have it.
         view = store._view(BUDGETED)
-        script = view.scripts["admit"]
-        sha = await client.script_load(script.text)
+        sha = await client.script_load(view.admission.text)
 
         async def pooled() -> None:
             keys = store._keys(pick(names), BUDGETED, view)
-            await client.evalsha(sha, len(keys), *keys, view.packed, view.admit(1, 0, 0), b"", *view.names)
+            await client.evalsha(sha, len(keys), *keys, view.packed, view.asked(1, 0, 0), b"", *view.names)
 
         one_by_one = {
             "ping": ping, "ours": ours, "ours_three": ours_three, "theirs_three": theirs_three, "flood": flood,

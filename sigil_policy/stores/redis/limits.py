@@ -39,14 +39,11 @@ cluster the digest in braces, the hash tag of a call, is the last level's, and o
 import asyncio
 import contextvars
 import os
-from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import cache, partial
-from hashlib import blake2b
 from importlib.resources import files
 from itertools import count, islice
 from math import ceil
-from re import fullmatch
 from struct import Struct, pack
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -55,9 +52,9 @@ from pydantic import SecretStr
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.stores.limits import Algorithm, Decision, Key, Lease, Plan
+from sigil_policy.stores.redis.keys import KeySpace
 from sigil_policy.stores.redis.link import RedisLink, Script, readable
 
-_FORMAT = 1
 _MICROSECONDS = 1_000_000
 _PLANS = 10_000
 # The refusals of so many different costs are remembered of a caller.
@@ -68,8 +65,13 @@ _MOST = 999_999_999_999_999
 _RENEWED = 100
 _SLICE = 200
 _SHORTEST_LEASE, _LONGEST_LEASE = 0.1, 86_400.0
+# The name of a measure is a letter and so many digits, and a byte says how many a level has.
+_DIGITS = 9
+_WINDOWS = 255
 
 _UNITS = {"requests": "r", "tokens": "t", "input-tokens": "i", "output-tokens": "o"}
+# So many bytes says the note of an admission of each request window.
+_NOTES: dict[Algorithm, int] = {"fixed": 0, "sliding": 24, "gcra": 32}
 _new = tuple.__new__
 
 
@@ -81,9 +83,12 @@ def _scripts(algorithm: Algorithm) -> dict[str, Script]:
     def text(*names: str) -> str:
         return "\n".join([folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names])
 
-    scripts = {"admit": text("prelude", algorithm, "leases", "admit")}
+    known = ("levels", "sliding") if algorithm == "sliding" else ("levels", "measures", algorithm)
+    scripts = {"admit": text("prelude", *known, "leases", "admit")}
+    if algorithm != "sliding":
+        scripts["admit_at_once"] = text("prelude", f"{algorithm}_at_once", *known, "leases", "admit")
     for operation in ("extend", "settle", "charge", "undo"):
-        scripts[operation] = text("prelude", algorithm, "leases", "held", operation)
+        scripts[operation] = text("prelude", *known, "leases", "held", operation)
     return {operation: Script(f"{algorithm} {operation}", text) for operation, text in scripts.items()}
 
 
@@ -117,7 +122,8 @@ class _View:
     """A plan as the scripts want it."""
 
     __slots__ = (
-        "admit",
+        "admission",
+        "asked",
         "head",
         "limits",
         "log",
@@ -125,16 +131,18 @@ class _View:
         "nothing",
         "packed",
         "period",
+        "replies",
         "requests",
+        "row",
         "scripts",
         "tokens",
         "windows",
     )
 
-    def __init__(self, plan: Plan, prefix: str) -> None:
+    def __init__(self, plan: Plan, space: KeySpace) -> None:
         levels = plan.levels or (plan,)
         self.scripts = _scripts(plan.algorithm)
-        self.head = f"{prefix}:{_FORMAT}:{plan.algorithm[0]}:{{".encode()
+        self.head = space.apart(plan.algorithm[0])
         # By "sliding" a level has a second key.
         self.log = plan.algorithm == "sliding"
         self.requests = len(plan.requests)
@@ -142,8 +150,14 @@ class _View:
         self.windows = len(plan.windows)
         self.limits = tuple(window.limit for window in plan.requests)
         self.nothing = (0,) * self.tokens
-        self.admit = Struct(f"<{2 + self.tokens}d").pack
-        self.names = tuple(_name(window.measure) for level in levels for window in level.windows)
+        # The shorter way is for one level without calendar months.
+        simple = "admit_at_once" in self.scripts and not plan.levels and not any(w.calendar for w in plan.windows)
+        self.admission = self.scripts["admit_at_once" if simple else "admit"]
+        self.asked = Struct(f"<{2 + self.tokens}d").pack
+        self.row = Struct(f"<{2 + 2 * self.windows}q")
+        # An admission may have a note behind it.
+        self.replies = (self.row.size, self.row.size + _NOTES[plan.algorithm] * self.requests)
+        self.names = tuple(_names(level) for level in levels)
         self.period = min((level.lease for level in levels if level.tokens), default=0.0)
         numbers: list[float] = [self.requests, self.windows]
         ends: list[float] = []
@@ -231,22 +245,13 @@ class RedisLimits:
         clock: Clock = SYSTEM_CLOCK,
         deadline: float | None = None,
     ) -> None:
-        if not fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
-            raise ValueError(f"prefix must be 1 to 64 letters, digits and '_', '.', ':' or '-', not {prefix!r}")
-        secret = b"" if digest_key is None else digest_key.get_secret_value().encode()
-        if digest_key is not None and not 1 <= len(secret) <= blake2b.MAX_KEY_SIZE:
-            raise ValueError(f"digest_key must be 1 to {blake2b.MAX_KEY_SIZE} bytes, not {len(secret)}")
+        self._space = KeySpace(prefix, digest_key, use=b"sigil limits")
         if denial_cache < 0:
             raise ValueError(f"denial_cache must be a number of callers, or 0 for none, not {denial_cache}")
-        if isinstance(url, str):
-            self.link = RedisLink(url) if deadline is None else RedisLink(url, deadline=deadline)
-        elif deadline is None:
-            self.link = url
-        else:
-            raise ValueError("deadline is an option of the link that was given: RedisLink(url, deadline=...)")
+        self.link = RedisLink.at(url, deadline)
         self.prefix = prefix
         self.denial_cache = denial_cache
-        self._hash = blake2b(digest_size=18, key=secret, person=b"sigil limits")
+        self._digest = self._space.digest
         self._monotonic = clock.monotonic
         self._views: dict[Plan, _View] = {}
         self._denials: dict[tuple[bytes, ...], _Denied] = {}
@@ -295,51 +300,57 @@ class RedisLimits:
                 # What another tier spends now, the refusal does not know of.
                 self._denials.pop(keys, None)
         name = b""
-        _check_numbers((cost,))
+        if type(cost) is not int or not 0 <= cost <= _MOST:
+            _check_numbers((cost,))
         if estimate is None:
-            asked = view.admit(cost, 0, *view.nothing)
+            asked = view.asked(cost, 0, *view.nothing)
         else:
             _check(plan, estimate)
             _check_numbers(estimate)
-            asked = view.admit(cost, 1, *estimate)
+            asked = view.asked(cost, 1, *estimate)
             if estimate:
                 name = b"=" + os.urandom(12)
 
-        def undo(reply: Any) -> None:
-            # Of a reply that cannot be read nobody knows what to undo: what it reserved lapses.
-            if readable(reply, 2 + 2 * view.windows, text=True) and reply[0] > 0:
-                note = reply[2 + 2 * view.windows :]
-                args = [view.packed, _pack(cost, reply[1]), name, *view.names, *note]
-                self.link.send(view.scripts["undo"], keys, args)
-
-        args = [view.packed, asked, name, *view.names]
-        reply = await self.link.run(view.scripts["admit"], keys, args, abandoned=undo)
-        if not readable(reply, 2 + 2 * view.windows, text=True):
+        abandoned = partial(self._undo, view, keys, cost, name)
+        reply = await self.link.run(view.admission, keys, [view.packed, asked, name, *view.names], abandoned=abandoned)
+        if reply.__class__ is not bytes or len(reply) not in view.replies:
+            raise self.link.unreadable()
+        found = view.row.unpack_from(reply)
+        if min(found) < 0:
             raise self.link.unreadable()
         end = 2 + view.windows
-        at = reply[1] / _MICROSECONDS
-        lefts = reply[2:end]
-        remaining = tuple([left if left > 0 else 0 for left in lefts])  # noqa: FURB136  a call costs four times as much
-        resets = tuple([moment / _MICROSECONDS for moment in reply[end : end + view.windows]])
-        if reply[0] > 0:
+        remaining = found[2:end]
+        at = found[1] / _MICROSECONDS
+        resets = tuple([moment / _MICROSECONDS for moment in found[end:]])
+        if found[0] == 1:
             lease = None
             if estimate is not None:
                 lease = _Lease(key, plan, estimate, at, keys, name)
                 if name:
                     self._keep(lease, view.period)
             return _new(Decision, (True, remaining, resets, key, at, lease, (), 0.0))
-        refused = [i for i, limit in enumerate(view.limits) if cost and lefts[i] < min(cost, limit)]
+        refused = [i for i, limit in enumerate(view.limits) if cost and remaining[i] < min(cost, limit)]
         by_requests = len(refused)
-        refused += [i for i, amount in enumerate(estimate or (), view.requests) if lefts[i] < (amount or 1)]
+        refused += [i for i, amount in enumerate(estimate or (), view.requests) if remaining[i] < (amount or 1)]
         if not refused:
             raise self.link.unreadable()
         refused.sort(key=resets.__getitem__, reverse=True)
-        wait = (reply[end + refused[0]] - reply[1]) / _MICROSECONDS
+        wait = (found[end + refused[0]] - found[1]) / _MICROSECONDS
         decision = Decision(False, remaining, resets, key, at, None, tuple(refused), wait)
-        # Below 0 it is by something else than an exact wait: who asks again may be admitted sooner.
-        if by_requests and not reply[0] and self.denial_cache:
+        # Else the wait is not exact: who asks again may be admitted sooner.
+        if by_requests and not found[0] and self.denial_cache:
             self._remember(keys, plan, cost, decision)
         return decision
+
+    def _undo(self, view: "_View", keys: tuple[bytes, ...], cost: int, name: bytes, reply: Any) -> None:
+        """Take back what was admitted, as nobody waits for it. If it cannot be read, what it reserved lapses."""
+        if reply.__class__ is bytes and len(reply) in view.replies:
+            admitted, moment, *_ = view.row.unpack_from(reply)
+            if admitted == 1:
+                args = [view.packed, _pack(cost, moment), name, *view.names]
+                if len(reply) > view.row.size:
+                    args.append(reply[view.row.size :])
+                self.link.send(view.scripts["undo"], keys, args)
 
     async def extend(self, lease: Lease, more: tuple[int, ...], now: float = 0.0) -> tuple[int, ...] | None:
         """Reserve `more` for an open lease, as `LimitStore.extend` says; None for one that is settled.
@@ -413,7 +424,7 @@ class RedisLimits:
     # Plans and keys.
 
     def _view(self, plan: Plan) -> _View:
-        view = _View(plan, self.prefix)
+        view = _View(plan, self._space)
         if len(self._views) >= _PLANS:
             self._views.clear()
         self._views[plan] = view
@@ -448,12 +459,6 @@ class RedisLimits:
         if view.log:
             keys = tuple([each for hash_ in keys for each in (hash_, hash_ + b":log")])
         return keys
-
-    def _digest(self, name: str) -> bytes:
-        digest = self._hash.copy()
-        # Any string is a name, also one with halves of surrogate pairs.
-        digest.update(name.encode("utf-8", "surrogatepass"))
-        return urlsafe_b64encode(digest.digest())
 
     # Signs of life.
 
@@ -594,9 +599,18 @@ class RedisLimits:
         return Decision(False, tuple(remaining), tuple(resets), key, at, None, refused, wait)
 
 
-def _name(measure: str) -> bytes:
-    unit, _, length = measure.partition(":")
-    return f"{_UNITS[unit]}{length}".encode()
+def _names(level: Plan) -> bytes:
+    """How many measures a level has, and their names: as the scripts want them."""
+    names = [
+        f"{_UNITS[window.unit]}{0 if window.calendar else window.seconds:0{_DIGITS}}".encode()
+        for window in level.windows
+    ]
+    if len(names) > _WINDOWS or any(len(name) > 1 + _DIGITS for name in names):
+        raise ValueError(
+            f"plan {level.name!r}: a store counts up to {_WINDOWS} windows of less than 10^{_DIGITS} seconds, "
+            f"not {list(level.windows)[:5]}"
+        )
+    return bytes((len(names),)) + b"".join(names)
 
 
 def _micro(seconds: float) -> int:

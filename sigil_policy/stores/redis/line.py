@@ -3,13 +3,13 @@
     line = Line(address, settings, loop)
     reply = await line.ask(script, keys, args, abandoned=None)
 
-Runs that are asked in one turn of the loop are written together at its end. One timer watches them all: it is set for
-the oldest, and looks again when that is due.
+Runs that are asked in one turn of the loop are written together at its end, or as soon as there are 32 of them. One
+timer watches them all: it is set for the oldest, and looks again when that is due.
 
 Guarantees:
 
-* A run ends at its deadline, whatever happens to connections, name servers and servers. It is counted from the end of
-  the turn in which it was asked. A loop that was blocked itself reads first what came meanwhile.
+* A run ends at its deadline, whatever happens to connections, name servers and servers. It is counted from the moment
+  when it is written, in the turn in which it was asked. A loop that was blocked itself reads first what came meanwhile.
 * A connection on which nothing is read for the length of a deadline, while there is something to read, is retired.
 * When the loop shuts down (`loop.shutdown_asyncgens`, as `asyncio.run`, anyio and the ASGI servers call it) or `close`
   is called, what is in flight fails, and sockets, timers and tasks are gone.
@@ -39,6 +39,8 @@ logger = structlog.get_logger("sigil_policy")
 # A timer that comes so late was held up by the loop, not by the store; and how long it then waits once more.
 _LATE = 0.005
 _GRACE = 0.002
+# So many runs are written together: the server decides these while the rest of the turn is still asking.
+_PART = 32
 # So many turns are remembered before those that are done are sorted out.
 _MANY = 256
 # So many different script errors are reported in a line of their own.
@@ -237,6 +239,8 @@ class Line:
             self._refuse_excess([run])
             return run
         turn.append(run)
+        if len(turn) >= _PART:
+            self._end_turn()
         return run
 
     def _end_turn(self) -> None:

@@ -5,8 +5,8 @@
     reply = await link.run(script, [b"{caller}:minute"], [1])
     await link.aclose()
 
-What is asked in one turn of the event loop is written at once on one connection (one for each node of a cluster), and
-one reader hands out the replies: there is no pool, no lock, and no task for a run.
+What is asked in one turn of the event loop is written at once on one connection (one for each node of a cluster), 32
+runs at a time, and one reader hands out the replies: there is no pool, no lock, and no task for a run.
 
 Guarantees:
 
@@ -96,6 +96,18 @@ class RedisLink:
         self._lock = Lock()
         self._on_restored: list[Callable[[], Callable[[], Any] | None]] = []
 
+    @classmethod
+    def at(cls, url: "str | RedisLink", deadline: float | None) -> "RedisLink":
+        """The link of a store that was given a URL, and perhaps a deadline, or a link that is there already.
+
+        Raises `ValueError` for a deadline beside a link: it has its own.
+        """
+        if isinstance(url, str):
+            return cls(url) if deadline is None else cls(url, deadline=deadline)
+        if deadline is not None:
+            raise ValueError("deadline is an option of the link that was given: RedisLink(url, deadline=...)")
+        return url
+
     def __repr__(self) -> str:
         return f"RedisLink({str(self._address)!r}, deadline={self._settings.deadline})"
 
@@ -107,7 +119,7 @@ class RedisLink:
         *,
         abandoned: Callable[[Any], None] | None = None,
     ) -> Awaitable[Any]:
-        """Run a script at the end of this turn of the loop; awaiting the answer gives the reply.
+        """Run a script in this turn of the loop; awaiting the answer gives the reply.
 
         In a cluster all `keys` share a hash tag. The reply is what the script returned: bytes, int, list or None.
         Raises `StoreUnavailableError` at the deadline, on a broken connection, for an error that the server answered,

@@ -26,15 +26,14 @@ Needs the extra `redis`, and asyncio.
 
 import asyncio
 import os
-from hashlib import blake2b
 from math import inf
-from re import fullmatch
 from typing import Any, ClassVar
 
 from pydantic import SecretStr
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.redis.keys import KeySpace
 from sigil_policy.stores.redis.link import RedisLink, Script
 from sigil_policy.stores.revocations import (
     MAX_ENTRIES,
@@ -49,10 +48,13 @@ from sigil_policy.stores.revocations import (
 _WRITE = Script("revocations_write")
 _READ = Script("revocations_read")
 
-_FORMAT = 1
 _SWEPT = 256
+# How long what the server says is: a name is a letter and a digest.
+_EPOCH, _REVISION, _NAME = 64, 20, 1 + 18
 # Reading everything is begun anew so often, when it is changed meanwhile, before it waits for the next refresh.
 _STARTS = 3
+# Another process may keep more, and what was taken back is read as well: up to so many times ours.
+_MORE = 4
 
 
 class RedisRevocations:
@@ -87,26 +89,17 @@ class RedisRevocations:
         clock: Clock = SYSTEM_CLOCK,
         deadline: float | None = None,
     ) -> None:
-        if not fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
-            raise ValueError(f"prefix must be 1 to 64 letters, digits and '_', '.', ':' or '-', not {prefix!r}")
-        secret = b"" if digest_key is None else digest_key.get_secret_value().encode()
-        if digest_key is not None and not 1 <= len(secret) <= blake2b.MAX_KEY_SIZE:
-            raise ValueError(f"digest_key must be 1 to {blake2b.MAX_KEY_SIZE} bytes, not {len(secret)}")
+        space = KeySpace(prefix, digest_key, use=b"sigil revoked")
         if max_entries < 1 or not 1 <= page <= 5_000:
             raise ValueError(f"max_entries is at least 1 and page 1 to 5000, not {max_entries!r} and {page!r}")
-        if isinstance(url, str):
-            self.link = RedisLink(url) if deadline is None else RedisLink(url, deadline=deadline)
-        elif deadline is None:
-            self.link = url
-        else:
-            raise ValueError("deadline is an option of the link that was given: RedisLink(url, deadline=...)")
+        self.link = RedisLink.at(url, deadline)
         self.prefix = prefix
         self.max_entries = max_entries
         self._page = page
         self._clock = clock
-        root = f"{prefix}:{_FORMAT}:revoked:{{{prefix}}}".encode()
+        root = space.together("revoked")
         self._keys = (root, root + b":entries", root + b":log", root + b":ends")
-        self._hash = blake2b(digest_size=18, key=secret, person=b"sigil revoked")
+        self._digest = space.raw_digest
         self._known = Revoked(self._name)
         self._epoch: bytes = b""
         self._revision: bytes = b"0"
@@ -123,9 +116,7 @@ class RedisRevocations:
 
     def _name(self, name: str) -> bytes:
         # The first letter is the kind.
-        digest = self._hash.copy()
-        digest.update(name.encode("utf-8", "surrogatepass"))
-        return name[0].encode("ascii") + digest.digest()
+        return name[0].encode("ascii") + self._digest(name)
 
     # --- asked by the policy ---------------------------------------------------------------------------------------
 
@@ -220,8 +211,8 @@ class RedisRevocations:
             taking,
         ]
         reply = await self.link.run(_WRITE, self._keys, args)
-        if type(reply) is not int:
-            raise _unreadable()
+        if type(reply) is not int or reply not in (-1, 0, 1):
+            raise self.link.unreadable()
         return reply
 
     async def _read(self) -> None:
@@ -230,10 +221,15 @@ class RedisRevocations:
         fresh: Revoked | None = None
         lost = False
         pages = starts = 0
+        most = (1 + _STARTS) * (2 + _MORE * max(self.max_entries, MAX_ENTRIES) // self._page)
         while True:
             args: list[bytes | int] = [epoch, revision, self._page, int(pages > 0)]
-            epoch, how, revision, complete, rows = _page(await self.link.run(_READ, self._keys, args))
+            page = _page(await self.link.run(_READ, self._keys, args), self._page)
             pages += 1
+            # Nobody has revoked so many: they are made up.
+            if page is None or pages > most:
+                raise self.link.unreadable()
+            epoch, how, revision, complete, rows = page
             if how:
                 starts += 1
                 if starts > _STARTS:
@@ -261,23 +257,31 @@ class RedisRevocations:
 _Row = tuple[bytes, float, float]
 
 
-def _page(reply: Any) -> tuple[bytes, int, bytes, int, list[_Row]]:
-    """What the script for reading returned. Something between, or another script of its name, can answer anything."""
-    try:
-        epoch, how, revision, complete = reply[:4]
-        rows = [(name, *map(float, value.split())) for name, value in zip(reply[4::2], reply[5::2], strict=True)]
-        kinds = (type(epoch), type(how), type(revision), type(complete))
-        good = kinds == (bytes, int, bytes, int) and revision.isdigit()
-        good = good and all(len(row) == 3 and type(row[0]) is bytes and row[0] for row in rows)
-    except (TypeError, ValueError, AttributeError):
-        good = False
-    if not good:
-        raise _unreadable()
-    return epoch, how, revision, complete, rows
-
-
-def _unreadable() -> StoreUnavailableError:
-    return StoreUnavailableError("the store answered something that its script does not return")
+def _page(reply: Any, size: int) -> tuple[bytes, int, bytes, bool, list[_Row]] | None:
+    """What the script for reading returned, if that is what it is; it says how to read `reply`."""
+    if reply.__class__ is not list or not 4 <= len(reply) <= 4 + 2 * size or len(reply) % 2:
+        return None
+    epoch, how, revision, complete = reply[:4]
+    if (type(epoch), type(how), type(revision), type(complete)) != (bytes, int, bytes, int):
+        return None
+    if len(epoch) > _EPOCH or how not in (0, 1, 2) or not revision.isdigit() or len(revision) > _REVISION:
+        return None
+    rows: list[_Row] = []
+    for name, value in zip(reply[4::2], reply[5::2], strict=True):
+        if type(name) is not bytes or len(name) != _NAME or type(value) is not bytes:
+            return None
+        try:
+            before, until = map(float, value.split())
+        except ValueError:
+            return None
+        # (Whatever is compared with a number that is none is false.)
+        if not (0 <= before < inf and 0 <= until < inf):
+            return None
+        rows.append((name, before, until))
+    # A page that is not full is the last.
+    if complete not in (0, 1) or (not complete and len(rows) != size):
+        return None
+    return epoch, how, revision, bool(complete), rows
 
 
 def _fill(known: Revoked, rows: list[_Row], now: float) -> None:

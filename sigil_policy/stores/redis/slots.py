@@ -31,18 +31,16 @@ Needs the extra `redis`, and asyncio.
 
 import asyncio
 import os
-from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Sequence
 from contextvars import Context
 from functools import partial
-from hashlib import blake2b
 from itertools import count
-from re import fullmatch
 from typing import Any, ClassVar
 
 from pydantic import SecretStr
 
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.redis.keys import KeySpace
 from sigil_policy.stores.redis.link import RedisLink, Script, readable
 from sigil_policy.stores.slots import Claim, Refusal, Slot, refusal
 
@@ -50,7 +48,6 @@ _TAKE = Script("slots_take")
 _RENEW = Script("slots_renew")
 _RELEASE = Script("slots_release")
 
-_FORMAT = 1
 # So many slots are renewed by one script: the server does nothing else meanwhile.
 _RENEWED = 100
 # And so many in one turn of the loop.
@@ -161,21 +158,10 @@ class RedisSlots:
         digest_key: SecretStr | None = None,
         deadline: float | None = None,
     ) -> None:
-        if not fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
-            raise ValueError(f"prefix must be 1 to 64 letters, digits and '_', '.', ':' or '-', not {prefix!r}")
-        secret = b"" if digest_key is None else digest_key.get_secret_value().encode()
-        if digest_key is not None and not 1 <= len(secret) <= blake2b.MAX_KEY_SIZE:
-            raise ValueError(f"digest_key must be 1 to {blake2b.MAX_KEY_SIZE} bytes, not {len(secret)}")
-        if isinstance(url, str):
-            self.link = RedisLink(url) if deadline is None else RedisLink(url, deadline=deadline)
-        elif deadline is None:
-            self.link = url
-        else:
-            raise ValueError("deadline is an option of the link that was given: RedisLink(url, deadline=...)")
         self.prefix = prefix
-        # In braces: what decides on which node of a cluster a key is.
-        self._head = f"{prefix}:{_FORMAT}:c:{{{prefix}}}:".encode()
-        self._hash = blake2b(digest_size=18, key=secret, person=b"sigil slots")
+        self._keys = KeySpace(prefix, digest_key, use=b"sigil slots")
+        self.link = RedisLink.at(url, deadline)
+        self._head = self._keys.together("c") + b":"
         self._heartbeats: dict[tuple[asyncio.AbstractEventLoop, float], _Heartbeat] = {}
         self.link.on_restored(self._restored)
 
@@ -184,10 +170,7 @@ class RedisSlots:
 
     def redis_key(self, key: str) -> bytes:
         """The key of the sorted set that counts what is in flight under `key`."""
-        digest = self._hash.copy()
-        # A name may hold what no text can: it is a name all the same.
-        digest.update(key.encode("utf-8", "surrogatepass"))
-        return self._head + urlsafe_b64encode(digest.digest())
+        return self._head + self._keys.digest(key)
 
     async def take(self, claims: tuple[Claim, ...], ttl: float, now: float) -> Slot | Refusal:
         heartbeat = self._heartbeat(ttl)

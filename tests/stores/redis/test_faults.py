@@ -152,7 +152,8 @@ async def test_a_server_that_accepts_and_says_nothing(proxy: Proxy, warm: bool) 
         proxy.mode = "pass"
         await watch.well_again()
         watch.judge("unavailable", "available")
-        assert watch.link.counters.timeouts >= 64
+        # Those that were written first; when they end, what waits yet for a connection is refused.
+        assert watch.link.counters.timeouts >= 32
 
 
 async def test_few_failures_in_a_row_shut_nothing_and_a_success_between_forgets_them(proxy: Proxy) -> None:

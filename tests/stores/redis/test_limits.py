@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
+from struct import pack
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from pydantic import SecretStr
 
 from sigil_policy.stores.limits import Plan, StoreUnavailableError, Window
@@ -159,6 +160,129 @@ def test_the_sliding_log_answers_as_the_exact_count_does(trace: list[Any], limit
 @given(trace=traces)
 def test_gcra_answers_as_the_exact_bucket_does(trace: list[Any], limits_server: Any, move_time: Any) -> None:
     replay(limits_server, move_time, "gcra", trace, by("gcra", CALLERS), refunds=False)
+
+
+# --- the shorter way -------------------------------------------------------------------------------------------------
+
+
+def told(server: LimitsServer, prefix: str) -> dict[str, Any]:
+    """All that is written under a prefix: fields and values, leases without their names, and the time to live."""
+    found: dict[str, Any] = {}
+    keys: Any = server.client.keys(f"{prefix}:1:*")
+    for key in keys:
+        fields: Any = server.client.hgetall(key)
+        leases = sorted(value for name, value in fields.items() if name.startswith(b"="))
+        known = {name: value for name, value in fields.items() if not name.startswith(b"=")}
+        found[key.decode().removeprefix(prefix)] = (known, leases)
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ["fixed", "gcra"])
+@settings(max_examples=40)
+@given(trace=traces)
+def test_the_shorter_way_decides_and_writes_the_same(
+    trace: list[Any], algorithm: Any, limits_server: LimitsServer, move_time: Any
+) -> None:
+    callers = by(algorithm, CALLERS + TIERS + (WIDER if algorithm == "fixed" else ()))
+
+    async def ask() -> None:
+        stores = [made(limits_server, denial_cache=0, prefix=prefix) for prefix in ("short", "long")]
+        for _, plan in callers:
+            short, long = (store._view(plan) for store in stores)
+            longer = plan.levels or any(window.calendar for window in plan.windows)
+            assert short.admission is short.scripts["admit" if longer else "admit_at_once"]
+            long.admission = long.scripts["admit"]
+        now = START
+        move_time(now)
+        open_leases: list[Any] = []
+        for step in trace:
+            if step[0] in ("pass", "jump"):
+                # The clock may be set back, and leases lapse.
+                now += step[1]
+                move_time(now)
+            elif step[0] in ("extend", "settle"):
+                if open_leases:
+                    index = step[1] % len(open_leases)
+                    pair = open_leases[index] if step[0] == "extend" else open_leases.pop(index)
+                    amounts = tuple(step[2][: len(pair[0].reserved)])
+                    one, other = [
+                        await getattr(store, step[0])(lease, amounts) for store, lease in zip(stores, pair, strict=True)
+                    ]
+                    assert one == other
+            else:
+                key, plan = callers[step[1] % len(callers)]
+                given = None if step[3] is None else tuple(step[3][: len(plan.tokens)])
+                if step[0] == "charge":
+                    amounts = tuple(step[2][: len(plan.requests)]) + (given or (0,) * len(plan.tokens))
+                    one, other = [await store.charge(key, plan, amounts) for store in stores]
+                    assert one == other
+                else:
+                    one, other = [await store.admit(key, plan, step[2], given) for store in stores]
+                    assert one._replace(lease=None) == other._replace(lease=None)
+                    if one.lease is not None:
+                        open_leases.append((one.lease, other.lease))
+            assert told(limits_server, "short") == told(limits_server, "long")
+        for store in stores:
+            await store.aclose()
+
+    limits_server.empty()
+    asyncio.run(ask())
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("algorithm", ["fixed", "gcra"])
+async def test_most_admissions_take_the_shorter_way(
+    algorithm: Any, limits_server: LimitsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = limits._scripts
+
+    def without_the_rest(algorithm: Any) -> dict[str, Script]:
+        known = scripts(algorithm)
+        text = known["admit_at_once"].text.decode()
+        end = text.index("-- What is known of the levels of a plan")
+        return {**known, "admit_at_once": Script("short", text[:end] + "return redis.error_reply('the longer way')")}
+
+    monkeypatch.setattr(limits, "_scripts", without_the_rest)
+    store, plan = made(limits_server), a_plan(algorithm=algorithm)
+    for left in (4, 3, 2):
+        decision = await store.admit("a", plan, 1, (10,))
+        assert decision.remaining[0] == left
+    assert decision.lease is not None
+    await store.settle(decision.lease, (10,))
+    assert (await store.admit("a", plan, 2, None)).remaining[0] == 0
+    assert not (await store.admit("a", plan, 1, None)).admitted
+    with pytest.raises(StoreUnavailableError, match="the longer way"):
+        await store.admit("a", a_plan(Window(5, 90), algorithm=algorithm), 1, None)
+    await store.aclose()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("algorithm", ["fixed", "gcra"])
+async def test_what_other_tiers_used_is_kept_until_it_is_of_no_use(
+    algorithm: Any, limits_server: LimitsServer, move_time: Any
+) -> None:
+    store, now = made(limits_server), START
+    move_time(now)
+    day = a_plan(Window(9, 86_400), algorithm=algorithm)
+    assert (await store.admit("a", day, 4, None)).remaining == (5,)
+    sizes = []
+    for number in range(1, 100):
+        now += 60
+        move_time(now)
+        other = a_plan(Window(9, 60 + number), Window(50, 60 + number, "tokens"), algorithm=algorithm)
+        assert (await store.admit("a", other, 1, (5,))).remaining == (8, 45)
+        (key,) = limits_server.found()
+        sizes.append(limits_server.call("HSTRLEN", key, "w"))
+    assert max(sizes) < 700, "what has ended is forgotten: all of it would be ten times as much"
+    assert (await store.admit("a", day, 1, None)).remaining[0] in (4, 5), "a bucket has drained a little"
+    await store.aclose()
+
+
+def test_plans_that_the_scripts_cannot_name_are_refused() -> None:
+    store = RedisLimits("redis://localhost")
+    for plan in (a_plan(Window(1, 10**9)), a_plan(*[Window(1, seconds) for seconds in range(1, 257)])):
+        with pytest.raises(ValueError, match=r"a store counts up to 255 windows of less than 10\^9 seconds"):
+            store.prepare(plan)
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -392,6 +516,12 @@ REPLIES: list[Any] = [
     [0, 5, 50, 50, 5, 5],
     {1: 1},
     [True] * 6,
+    pack("<5q", 1, 5, 50, 50, 5),
+    pack("<6q", 1, 5, 50, 50, 5, 5) + b"a",
+    pack("<6q", 1, 5, -1, 50, 5, 5),
+    pack("<6q", 1, 5, 50, 50, 5, -5),
+    pack("<6q", 0, 5, 50, 50, 5, 5),
+    pack("<6q", *[2**63 - 1] * 6),
 ]
 
 

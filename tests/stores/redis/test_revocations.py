@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from sigil_policy.stores.limits import StoreUnavailableError
-from sigil_policy.stores.redis import RedisLink
+from sigil_policy.stores.redis import RedisLink, revocations
 from sigil_policy.stores.redis.revocations import RedisRevocations
 from sigil_policy.stores.revocations import MARGIN, RevocationsFullError
 from sigil_policy.testing import FrozenClock
@@ -288,22 +288,50 @@ async def test_a_digest_key_and_a_prefix_set_stores_apart(server: Server, clock:
     await link.aclose()
 
 
+NAME = b"s" + b"d" * 18
+PAGE = [b"", 0, b"0", 1]
+
+
 @pytest.mark.parametrize(
     "reply",
     [
-        None, 5, [], b"x", [b"", 0, b"0"], [b"", 0, b"x", 1], [b"", 0, b"0", 1, b"name"],
-        [b"", 0, b"0", 1, b"name", b"1"], [b"", 0, b"0", 1, b"name", b"a b"], [b"", 0, b"0", 1, b"", b"1 2"],
-        [b"", 0, b"0", 1, 5, b"1 2"], [b"", 0, b"0", 1, b"name", 5], ["", 0, b"0", 1],
+        None, 5, True, 2, -2, [], b"x", PAGE[:3], [b"", 0, b"x", 1], [*PAGE, NAME], ["", 0, b"0", 1], [b"", 3, b"0", 1],
+        [b"", 0, b"0", 2], [b"", 0, b"0", True], [b"", 0, b"0", 0], [b"", 0, b"9" * 5_000, 1], [b"e" * 999, 0, b"0", 1],
+        *([*PAGE, NAME, value] for value in (b"1", b"a b", b"1 2 3", 5, None, b"nan 2", b"1 nan", b"1 inf", b"-1 2")),
+        *([*PAGE, name, b"1 2"] for name in (b"", b"name", 5, None, NAME * 2)),
+        PAGE + [NAME, b"1 2"] * 6,
     ],
+    ids=lambda reply: repr(reply)[:60],
 )  # fmt: skip
-async def test_what_no_script_returns_is_a_store_that_is_away(reply: Any) -> None:
-    class Link:
-        async def run(self, *_: Any) -> Any:
-            return [reply] if reply == 5 else reply
+async def test_what_no_script_returns_is_a_store_that_is_away(reply: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RedisRevocations("redis://127.0.0.1:1", page=5)
 
-    store = RedisRevocations(Link())  # type: ignore[arg-type]
+    async def answer(*_: Any) -> Any:
+        return reply
+
+    monkeypatch.setattr(store.link, "run", answer)
     with pytest.raises(StoreUnavailableError, match="does not return"):
         await store.refresh(1.0)
     with pytest.raises(StoreUnavailableError, match="does not return"):
         await store.revoke(subject="ann")
     assert len(store) == 0 and store.age(1.0) == float("inf")
+    assert store.link.counters.errors == store.link.counters.failures == 2
+    await store.aclose()
+
+
+async def test_a_server_that_never_comes_to_an_end_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocations, "MAX_ENTRIES", 1_000)
+    store = RedisRevocations("redis://127.0.0.1:1", max_entries=500, page=500)
+    asked = 0
+
+    async def answer(*_: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        names = [b"s%018d" % (asked * 500 + number) for number in range(500)]
+        return [b"epoch", int(asked == 1), b"%d" % asked, 0, *[part for name in names for part in (name, b"1 9")]]
+
+    monkeypatch.setattr(store.link, "run", answer)
+    with pytest.raises(StoreUnavailableError, match="does not return"):
+        await store.refresh(1.0)
+    assert asked < 50 and len(store) == 0
+    await store.aclose()

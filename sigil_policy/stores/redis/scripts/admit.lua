@@ -1,9 +1,9 @@
 -- Decide one request: every window of every level, and the tokens that it reserves. All or nothing.
 --
 -- asked    the cost in each request window; 1 if tokens are reserved; how many in each token window of the plan
--- reply    1 if it is admitted, 0 if not, -1 if not and it might be before the moments said; the moment of the decision; by window of the plan what is left (below 0: overdrawn);
---          then by window when that is renewed, or for a window that refuses when it would have admitted; then, where
---          the algorithm needs one, a note for undo.lua
+-- reply    numbers of 8 bytes: 1 if it is admitted, 0 if not, 2 if not and it might be before the moments said; the
+--          moment of the decision; by window of the plan what is left; then by window when that is renewed, or for a
+--          window that refuses when it would have admitted. Then, where the algorithm needs one, a note for undo.lua
 -- Complexity: a fixed number of commands for each level.
 
 local cost, reserving = asked[1], asked[2] == 1
@@ -56,14 +56,11 @@ end
 local rows = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 for w = 1, windows do
   local place = plan[3 * w]
-  rows[place] = math.floor(left[w])
+  rows[place] = math.max(math.floor(left[w]), 0)
   rows[windows + place] = reset(w, needs[w], admitted == 1)
 end
 if rough and admitted == 0 then
-  admitted = -1
+  admitted = 2
 end
-if notes then
-  rows[2 * windows + 1] = struct.pack('<' .. string.rep('d', #notes), unpack(notes))
-  return { admitted, now, unpack(rows, 1, 2 * windows + 1) }
-end
-return { admitted, now, unpack(rows, 1, 2 * windows) }
+local reply = struct.pack('<i8i8' .. string.rep('i8', 2 * windows), admitted, now, unpack(rows, 1, 2 * windows))
+return notes and reply .. struct.pack('<' .. string.rep('d', #notes), unpack(notes)) or reply

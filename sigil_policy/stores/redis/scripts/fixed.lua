@@ -1,10 +1,11 @@
 -- Windows aligned to the epoch, or to the months of the calendar (UTC). Promise: at most `limit` in each.
 --
--- A field holds where the last counted window began and how much of it is used. A part of a lease is the window that
--- was charged, and how much: a lease that is extended in a later window keeps nothing of the earlier one.
+-- The numbers of a measure are where the last counted window began, and how much of it is used. A part of a lease is the
+-- window that was charged, and how much: a lease that is extended in a later window keeps nothing of the earlier one.
 -- Complexity: the same for every request.
 
 local STRIDE, WIDTH, NOTE = 1, 2, false
+NUMBERS, USE, MOMENT = 2, 1, 1
 local DAY = 86400000000
 
 local start, used = { 0, 0, 0, 0, 0, 0, 0, 0 }, { 0, 0, 0, 0, 0, 0, 0, 0 }
@@ -29,32 +30,27 @@ local function begin(long, moment)
 end
 
 local function load(level)
+  local numbers = read(level)
   local at = last + 5 * level
-  local first, final = plan[at + 3], plan[at + 4]
-  local values = redis.call('HMGET', KEYS[level], 'm', unpack(ARGV, first + 3, final + 3))
-  local unpack_struct = struct.unpack
-  marks[level] = values[1] and { unpack_struct('<ddd', values[1]) } or { 0, 0, -1 }
-  for w = first, final do
-    local long, value = plan[3 * w + 2], values[w - first + 2]
+  local first = plan[at + 3]
+  for w = first, plan[at + 4] do
+    local long, i = plan[3 * w + 2], 2 * (w - first) + 1
     local begun, count = long > 0 and now - now % long or begin(long, now), 0
-    if value then
-      local before, counted = unpack_struct('<dd', value)
-      -- Later than now is what was counted before the clock was set back: it goes on, nobody gets a fresh window.
-      if before >= begun then
-        begun, count = before, counted
-      end
+    -- Later than now is what was counted before the clock was set back: it goes on, nobody gets a fresh window.
+    if numbers[i] >= begun then
+      begun, count = numbers[i], numbers[i + 1]
     end
     start[w], used[w], left[w] = begun, count, plan[3 * w + 1] - count
   end
 end
 
-local function write(level, sets, at)
-  local pack = struct.pack
+local function write(level)
+  local numbers, count = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, 0
   for w = plan[last + 5 * level + 3], plan[last + 5 * level + 4] do
-    sets[at + 1], sets[at + 2] = ARGV[w + 3], pack('<dd', start[w], used[w])
-    at = at + 2
+    numbers[count + 1], numbers[count + 2] = start[w], used[w]
+    count = count + 2
   end
-  return at
+  return written(level, numbers, count)
 end
 
 local function take(w, amount)
@@ -82,13 +78,9 @@ local function give(w, amount, parts)
 end
 
 local function lapsed(level, name, _, _, parts)
-  local value = redis.call('HGET', KEYS[level], name)
-  if value then
-    local begun, count = struct.unpack('<dd', value)
-    if begun == parts[1] then
-      redis.call('HSET', KEYS[level], name, struct.pack('<dd', begun, math.max(count - parts[2], 0)))
-    end
-  end
+  change(level, name, function(begun, count)
+    return begun, begun == parts[1] and math.max(count - parts[2], 0) or count
+  end)
 end
 
 local function reset(w)

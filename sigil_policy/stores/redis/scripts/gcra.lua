@@ -1,11 +1,13 @@
 -- Buckets that drain evenly: the generic cell rate algorithm with a burst of `limit`, kept as the level of a bucket.
 -- Promise: at most `limit` at once, and at most `limit * (1 + t / length)` in any interval of `t`.
 --
--- A field holds the level, its moment, and the sum of all refunds. A part of a lease is its moment, the level that it
--- reached, the sum of refunds then, and its amount.
+-- The numbers of a measure are the level, its moment, and the sum of all refunds. A part of a lease is its moment, the
+-- level that it reached, the sum of refunds then, and its amount.
 -- Complexity: the same for every request.
 
 local STRIDE, WIDTH, NOTE = 1, 4, true
+-- A bucket that is in debt drains two windows.
+NUMBERS, USE, MOMENT = 3, 2, 2
 -- Of a lease that is extended without end the oldest parts are forgotten: by then they have drained, or were used.
 local PARTS = 64
 
@@ -22,36 +24,31 @@ local function put(w, amount)
 end
 
 local function load(level)
+  local numbers = read(level)
   local at = last + 5 * level
-  local first, final = plan[at + 3], plan[at + 4]
-  local values = redis.call('HMGET', KEYS[level], 'm', unpack(ARGV, first + 3, final + 3))
-  local unpack_struct = struct.unpack
-  marks[level] = values[1] and { unpack_struct('<ddd', values[1]) } or { 0, 0, -1 }
-  for w = first, final do
-    local limit, long, value = plan[3 * w + 1], plan[3 * w + 2], values[w - first + 2]
-    local amount, moment, sum = 0, now, 0
-    if value then
-      amount, moment, sum = unpack_struct('<ddd', value)
-      -- While a clock that was set back catches up, nothing drains.
-      if moment < now then
-        amount, moment = amount - (now - moment) * limit / long, now
-        if amount < 0 then
-          amount = 0
-        end
+  local first = plan[at + 3]
+  for w = first, plan[at + 4] do
+    local limit, long, i = plan[3 * w + 1], plan[3 * w + 2], 3 * (w - first) + 1
+    local amount, moment = numbers[i], numbers[i + 1]
+    -- While a clock that was set back catches up, nothing drains.
+    if moment < now then
+      amount, moment = amount - (now - moment) * limit / long, now
+      if amount < 0 then
+        amount = 0
       end
     end
-    since[w], refunds[w], level_of[w] = moment, sum, amount
+    since[w], refunds[w], level_of[w] = moment, numbers[i + 2], amount
     left[w] = limit - amount + 0.000001 + limit / long
   end
 end
 
-local function write(level, sets, at)
-  local pack = struct.pack
+local function write(level)
+  local numbers, count = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, 0
   for w = plan[last + 5 * level + 3], plan[last + 5 * level + 4] do
-    sets[at + 1], sets[at + 2] = ARGV[w + 3], pack('<ddd', level_of[w], since[w], refunds[w])
-    at = at + 2
+    numbers[count + 1], numbers[count + 2], numbers[count + 3] = level_of[w], since[w], refunds[w]
+    count = count + 3
   end
-  return at
+  return written(level, numbers, count)
 end
 
 local function take(w, amount)
@@ -99,14 +96,12 @@ local function give(w, amount, parts)
 end
 
 local function lapsed(level, name, limit, long, parts)
-  local value = redis.call('HGET', KEYS[level], name)
-  if value then
-    local amount, moment, sum = struct.unpack('<ddd', value)
+  change(level, name, function(amount, moment, sum)
     local rate = limit / long
     amount, moment = math.max(amount - math.max(now - moment, 0) * rate, 0), math.max(now, moment)
     local back = math.min(unused(MOST, parts, moment, rate, sum), amount)
-    redis.call('HSET', KEYS[level], name, struct.pack('<ddd', amount - back, moment, sum + back))
-  end
+    return amount - back, moment, sum + back
+  end)
 end
 
 local function reset(w, need, admitted)

@@ -64,6 +64,7 @@ local function end_lapsed(level)
       nearest = math.min(nearest, expiry)
     end
   end
+  write_lapsed(level)
   if cursor == '0' then
     redis.call('HDEL', key, 'c')
     redis.call('HSET', key, 'm', struct.pack('<ddd', mark[1], nearest < INFINITY and nearest or 0, -1))
@@ -104,7 +105,8 @@ local function save(level, lease)
       mark[3], changed = expiry, true
     end
   end
-  at = write(level, sets, at)
+  sets[at + 1], sets[at + 2] = 'w', write(level)
+  at = at + 2
   if changed then
     sets[at + 1], sets[at + 2] = 'm', struct.pack('<ddd', mark[1], mark[2], mark[3])
     at = at + 2
@@ -126,7 +128,7 @@ local function hold(lease, level, w, amount, parts)
     lease = { now + period * (1 + charged), period, charged }
   end
   local at, size = #lease, #parts
-  lease[at + 1], lease[at + 2], lease[at + 3] = ARGV[w + 3], plan[3 * w + 1], plan[3 * w + 2]
+  lease[at + 1], lease[at + 2], lease[at + 3] = name_of(level, w), plan[3 * w + 1], plan[3 * w + 2]
   lease[at + 4], lease[at + 5] = amount, size
   for i = 1, size do
     lease[at + 5 + i] = parts[i]

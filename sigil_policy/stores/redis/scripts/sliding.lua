@@ -114,7 +114,7 @@ local function load(level)
   end
   logs[level], measures[level] = log, known
   for w = plan[last + 5 * level + 3], plan[last + 5 * level + 4] do
-    local name = ARGV[w + 3]
+    local name = name_of(level, w)
     local measure = known[name]
     if not measure then
       log.codes = log.codes % 65535 + 1
@@ -191,10 +191,9 @@ local function state_of(level)
   return cmsgpack.pack(state)
 end
 
-local function write(level, sets, at)
+local function write(level)
   flush(level)
-  sets[at + 1], sets[at + 2] = 'w', state_of(level)
-  return at + 2
+  return state_of(level)
 end
 
 local function level_of(w)
@@ -301,8 +300,11 @@ local function lapsed(level, name, _, _, parts)
     for at = WIDTH, #parts, WIDTH do
       refund(level, measure, parts[at - 2], parts[at - 1], parts[at])
     end
-    redis.call('HSET', hash(level), 'w', state_of(level))
   end
+end
+
+local function write_lapsed(level)
+  redis.call('HSET', hash(level), 'w', state_of(level))
 end
 
 -- When `amount` of what is spent will surely have left a window: exactly then, if that is seen in WALK entries; else, and

@@ -6,7 +6,7 @@
 -- Promise: the lease ends and gives back what it holds; request windows that have ended meanwhile get nothing.
 
 local cost, at = asked[1], asked[2]
-local notes = ARGV[windows + 4]
+local notes = ARGV[levels + 4]
 if notes then
   notes = { struct.unpack('<' .. string.rep('d', #notes / 8), notes) }
 end
