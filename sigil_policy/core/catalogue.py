@@ -37,6 +37,19 @@ KEYS_UNAVAILABLE = library_type(
     "AUTH_008", "KeysUnavailableError", 503,
     "Wait for the number of seconds in Retry-After, then try again with the same token",
 )  # fmt: skip
+TICKET_INVALID = library_type(
+    "AUTH_009", "InvalidTicketError", 401,
+    "Obtain a new ticket and use it at once; each holds for one connection",
+)  # fmt: skip
+PROOF_INVALID = library_type(
+    "AUTH_011", "InvalidProofError", 401,
+    "Send one DPoP header with a new proof, made for this method, this URL and this token",
+    "Check the clock of the client",
+)  # fmt: skip
+PROOF_NONCE_REQUIRED = library_type(
+    "AUTH_012", "ProofNonceRequiredError", 401,
+    "Make a new proof with the nonce of the DPoP-Nonce header, then try again",
+)  # fmt: skip
 RATE_EXCEEDED = library_type(
     "RATE_001", "RateLimitExceededError", 429,
     "Wait for the number of seconds in Retry-After", "Spread requests evenly, or ask for a higher tier",
@@ -52,6 +65,10 @@ LIMITS_UNAVAILABLE = library_type(
 AUTH_FAILURES_EXCEEDED = library_type(
     "RATE_004", "AuthenticationFailuresExceededError", 429,
     "Wait for the number of seconds in Retry-After", "Check the credential before you send it again",
+)  # fmt: skip
+TICKETS_EXCEEDED = library_type(
+    "RATE_005", "TooManyTicketsError", 429,
+    "Use the tickets that were issued, or wait for the number of seconds in Retry-After",
 )  # fmt: skip
 BUDGET_EXCEEDED = library_type(
     "CTX_003", "TokenBudgetExceededError", 429,
@@ -88,6 +105,14 @@ _HTTP_HINTS = {
     503: ("Try again later",),
 }
 
+# The registered phrases changed in RFC 7231 and RFC 9110; Python 3.11 still has the older ones.
+_NEWEST_PHRASES = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
+
 
 # Statuses are at most 200, and the application chooses them: the cache is bounded by its nature.
 @cache
@@ -97,6 +122,5 @@ def http_problem(status: int) -> ProblemType:
         title = HTTPStatus(status).phrase
     except ValueError:
         title = "Client Error" if status < 500 else "Server Error"
-    # The registered phrases changed in RFC 9110; Python 3.11 still has the older two.
-    title = {413: "Content Too Large", 422: "Unprocessable Content"}.get(status, title)
+    title = _NEWEST_PHRASES.get(status, title)
     return library_type(f"{'REQ' if status < 500 else 'SRV'}_{status}", title, status, *_HTTP_HINTS.get(status, ()))

@@ -11,6 +11,7 @@ A key belongs to its issuer: it never verifies a token that names another one (R
 `audience` are compared exactly, without forgiving a trailing slash.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from functools import cached_property
@@ -46,7 +47,137 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Issuer:
+class ClaimRules:
+    """Which claims are accepted, and what caller they make; the options that `Issuer` and `Introspection` share."""
+
+    audience: Text | Listed[Text] | None
+    leeway: Annotated[float, Field(ge=0, le=60)] = 5.0
+    max_lifetime: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    scope_claims: Mapping[Text, ClaimForm] = field(default_factory=lambda: dict(_SCOPE))
+    roles: Mapping[Text, Mapping[str, Listed[Scope]]] | None = None
+    tier_claim: Text | None = "tier"
+    client_tiers: Mapping[Text, Subject] | None = None
+    tier: Callable[[Mapping[str, Any]], str | None] | None = None
+
+    @field_validator("audience")
+    @classmethod
+    def _somebody(cls, audience: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if audience == ():
+            raise ValueError("audience is empty: no token would fit; None means that tokens name no audience")
+        return audience
+
+    @property
+    def named(self) -> str:
+        """The issuer that the principals name."""
+        raise NotImplementedError
+
+    @cached_property
+    def _audiences(self) -> frozenset[str]:
+        if self.audience is None:
+            return frozenset()
+        return frozenset((self.audience,) if isinstance(self.audience, str) else self.audience)
+
+    def read(self, claims: Mapping[str, Any]) -> Reading:
+        """What `claims` say; also before a key has signed them, because nothing of the application is asked.
+
+        Arrays in `claims` are tuples. `ValueError` names the claim that these tokens cannot have. Time is not asked
+        here.
+        """
+        subject = self._subject(claims)
+        if not isinstance(subject, str) or not is_subject(subject):
+            raise ValueError("sub")
+        self._check_audience(claims)
+        not_after = self._end(claims) + self.leeway
+        not_before = 0.0
+        for name in ("nbf", "iat"):
+            if name in claims:
+                not_before = max(not_before, _date(claims[name], name) - self.leeway)
+        self._check_lifetime(claims)
+        self._check_profile(claims)
+        return Reading(subject, self._scopes(claims), not_before, not_after)
+
+    def principal(self, reading: Reading, claims: Mapping[str, Any], realm: str) -> Principal:
+        """The caller that verified `claims` speak of, as they were read."""
+        tier = self._tier(claims)
+        return Principal(
+            subject=reading.subject,
+            scopes=reading.scopes,
+            # A tier of another type names no tier: limits then fall back to the lowest, never to a higher one.
+            tier=tier if isinstance(tier, str) and is_subject(tier) else None,
+            issuer=self.named,
+            realm=realm,
+            claims=claims,
+            expires=reading.not_after if reading.not_after < math.inf else None,
+        )
+
+    def _subject(self, claims: Mapping[str, Any]) -> Any:
+        return claims.get("sub")
+
+    def _end(self, claims: Mapping[str, Any]) -> float:
+        return _date(claims.get("exp"), "exp")
+
+    def _check_lifetime(self, claims: Mapping[str, Any]) -> None:
+        # By the issuer's own clock at both ends: leeway is for the difference between two.
+        if self.max_lifetime is not None and (
+            "exp" not in claims
+            or "iat" not in claims
+            or _date(claims["exp"], "exp") - _date(claims["iat"], "iat") > self.max_lifetime
+        ):
+            raise ValueError("lifetime")
+
+    def _check_profile(self, claims: Mapping[str, Any]) -> None:
+        """`ValueError` names a claim that tokens of this kind cannot have."""
+
+    def _check_audience(self, claims: Mapping[str, Any]) -> None:
+        if "aud" not in claims:
+            fits = self.audience is None
+        else:
+            audience = claims["aud"]
+            named = (audience,) if isinstance(audience, str) else audience
+            # RFC 7519 section 4.1.3: whoever does not find itself in aud must refuse, also when it expects none.
+            fits = (
+                isinstance(named, tuple)
+                and all(isinstance(name, str) for name in named)
+                and not self._audiences.isdisjoint(named)
+            )
+        if not fits:
+            raise ValueError("aud")
+
+    def _scopes(self, claims: Mapping[str, Any]) -> frozenset[str]:
+        scopes: list[str] = []
+        for name, form in self.scope_claims.items():
+            value = claims.get(name)
+            if value is None:
+                continue
+            if form == "string" and isinstance(value, str):
+                scopes.extend(split_scopes(value))
+            elif form == "array" and isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+                scopes.extend(value)
+            else:
+                raise ValueError(name)
+        for name, given in (self.roles or {}).items():
+            value = _find(claims, name)
+            if value is None:
+                continue
+            held = (value,) if isinstance(value, str) else value
+            if not isinstance(held, tuple) or not all(isinstance(role, str) for role in held):
+                raise ValueError(name)
+            for role in held:
+                scopes.extend(given.get(role, ()))
+        return frozenset(filter(is_scope_token, scopes))
+
+    def _tier(self, claims: Mapping[str, Any]) -> Any:
+        if self.tier is not None:
+            return self.tier(claims)
+        if self.client_tiers is not None:
+            client = claims.get("client_id", claims.get("azp"))
+            if isinstance(client, str) and client in self.client_tiers:
+                return self.client_tiers[client]
+        return None if self.tier_claim is None else _find(claims, self.tier_claim)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Issuer(ClaimRules):
     """One issuer of access tokens.
 
         Issuer(url="https://auth.example.com", audience="api", discovery=True,
@@ -63,6 +194,8 @@ class Issuer:
         algorithms: which a token may be signed with (default None: those of its keys; of a fetched set RS, PS, ES and
             EdDSA). A fetched RSA key that names none is used with the first RS or PS of these, else RS256.
         leeway: seconds by which the clocks may differ, 0 to 60 (default 5); counts for `exp`, `nbf` and `iat`.
+        max_lifetime: for how many seconds its tokens may be issued (default None: for any time). One whose `exp` is
+            further from its `iat`, or that has no `iat`, is refused: a mistake of the issuer makes no token for years.
         strict: only RFC 9068 access tokens: `typ` is `at+jwt`, and `client_id`, `iat` and `jti` are required too
             (default False: `typ` may also be absent or `JWT`).
         scope_claims: claims that hold scopes, and their form (default `{"scope": "string"}`: space-delimited). Name
@@ -78,18 +211,11 @@ class Issuer:
     """
 
     url: Text
-    audience: Text | Listed[Text] | None
     keys: KeySet | Annotated[Listed[Key], Field(min_length=1, max_length=64)] | None = None
     jwks_url: Text | None = None
     discovery: bool = False
     algorithms: Annotated[Listed[Algorithm], Field(min_length=1)] | None = None
-    leeway: Annotated[float, Field(ge=0, le=60)] = 5.0
     strict: bool = False
-    scope_claims: Mapping[Text, ClaimForm] = field(default_factory=lambda: dict(_SCOPE))
-    roles: Mapping[Text, Mapping[str, Listed[Scope]]] | None = None
-    tier_claim: Text | None = "tier"
-    client_tiers: Mapping[Text, Subject] | None = None
-    tier: Callable[[Mapping[str, Any]], str | None] | None = None
 
     @field_validator("url")
     @classmethod
@@ -100,8 +226,6 @@ class Issuer:
 
     @model_validator(mode="after")
     def _consistent(self) -> "Issuer":
-        if self.audience == ():
-            raise ValueError("audience is empty: no token would fit; None means that tokens name no audience")
         if self.strict and self.audience is None:
             raise ValueError("strict tokens name an audience (RFC 9068 section 2.2): give audience=")
         if (self.keys is not None) + (self.jwks_url is not None) + self.discovery != 1:
@@ -163,98 +287,18 @@ class Issuer:
         keys = self.ring.fitting(algorithm, kid)
         return keys if len(keys) <= MAX_TRIALS else ()
 
-    @cached_property
-    def _audiences(self) -> frozenset[str]:
-        if self.audience is None:
-            return frozenset()
-        return frozenset((self.audience,) if isinstance(self.audience, str) else self.audience)
-
-    def read(self, claims: Mapping[str, Any]) -> Reading:
-        """What `claims` say; also before a key has signed them, because nothing of the application is asked.
-
-        Arrays in `claims` are tuples. `ValueError` names the claim that this issuer's tokens cannot have. Time is not
-        asked here.
-        """
-        subject = claims.get("sub")
-        if not isinstance(subject, str) or not is_subject(subject):
-            raise ValueError("sub")
-        self._check_audience(claims)
-        not_after = _date(claims.get("exp"), "exp") + self.leeway
-        not_before = 0.0
-        for name in ("nbf", "iat"):
-            if name in claims:
-                not_before = max(not_before, _date(claims[name], name) - self.leeway)
-        if self.strict:
-            self._check_profile(claims)
-        return Reading(subject, self._scopes(claims), not_before, not_after)
-
-    def principal(self, reading: Reading, claims: Mapping[str, Any], realm: str) -> Principal:
-        """The caller that verified `claims` speak of, as they were read."""
-        tier = self._tier(claims)
-        return Principal(
-            subject=reading.subject,
-            scopes=reading.scopes,
-            # A tier of another type names no tier: limits then fall back to the lowest, never to a higher one.
-            tier=tier if isinstance(tier, str) and is_subject(tier) else None,
-            issuer=self.url,
-            realm=realm,
-            claims=claims,
-            expires=reading.not_after,
-        )
-
-    def _check_audience(self, claims: Mapping[str, Any]) -> None:
-        if "aud" not in claims:
-            fits = self.audience is None
-        else:
-            audience = claims["aud"]
-            named = (audience,) if isinstance(audience, str) else audience
-            # RFC 7519 section 4.1.3: whoever does not find itself in aud must refuse, also when it expects none.
-            fits = (
-                isinstance(named, tuple)
-                and all(isinstance(name, str) for name in named)
-                and not self._audiences.isdisjoint(named)
-            )
-        if not fits:
-            raise ValueError("aud")
+    @property
+    def named(self) -> str:
+        return self.url
 
     def _check_profile(self, claims: Mapping[str, Any]) -> None:
+        if not self.strict:
+            return
         for name in ("client_id", "jti"):
             if not isinstance(claims.get(name), str) or not claims[name]:
                 raise ValueError(name)
         if "iat" not in claims:
             raise ValueError("iat")
-
-    def _scopes(self, claims: Mapping[str, Any]) -> frozenset[str]:
-        scopes: list[str] = []
-        for name, form in self.scope_claims.items():
-            value = claims.get(name)
-            if value is None:
-                continue
-            if form == "string" and isinstance(value, str):
-                scopes.extend(split_scopes(value))
-            elif form == "array" and isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-                scopes.extend(value)
-            else:
-                raise ValueError(name)
-        for name, given in (self.roles or {}).items():
-            value = _find(claims, name)
-            if value is None:
-                continue
-            held = (value,) if isinstance(value, str) else value
-            if not isinstance(held, tuple) or not all(isinstance(role, str) for role in held):
-                raise ValueError(name)
-            for role in held:
-                scopes.extend(given.get(role, ()))
-        return frozenset(filter(is_scope_token, scopes))
-
-    def _tier(self, claims: Mapping[str, Any]) -> Any:
-        if self.tier is not None:
-            return self.tier(claims)
-        if self.client_tiers is not None:
-            client = claims.get("client_id", claims.get("azp"))
-            if isinstance(client, str) and client in self.client_tiers:
-                return self.client_tiers[client]
-        return None if self.tier_claim is None else _find(claims, self.tier_claim)
 
 
 def _find(claims: Mapping[str, Any], name: str) -> Any:

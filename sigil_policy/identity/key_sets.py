@@ -24,20 +24,19 @@ RFC 7517, OpenID Connect Core 1.0 section 10.1.1, RFC 8725 section 3.
 import json
 import logging
 import math
-from asyncio import Task, get_running_loop
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import Context
 from dataclasses import field
 from typing import Annotated, Any
 from weakref import WeakMethod
 
-from anyio import CancelScope, Event, fail_after, to_thread
+from anyio import CancelScope, fail_after, to_thread
 from anyio.lowlevel import checkpoint, current_token
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.clock import Clock
 from sigil_policy.identity.fields import CONFIG
+from sigil_policy.identity.flights import Flight
 from sigil_policy.identity.keys import Key
 from sigil_policy.identity.provider import (
     ProviderError,
@@ -72,7 +71,13 @@ logger = logging.getLogger("sigil_policy")
 
 
 class KeysUnavailableError(Exception):
-    """The keys that a token needs cannot be had now; after `retry_after` seconds it is worth another try."""
+    """The keys that a token needs cannot be had now; after `retry_after` seconds it is worth another try.
+
+        try:
+            await auth.fetch_keys()
+        except KeysUnavailableError as error:
+            print(f"the provider is away; try again in {error.retry_after} s")
+    """
 
     def __init__(self, retry_after: float) -> None:
         super().__init__("the issuer's keys are not available")
@@ -166,17 +171,6 @@ class KeyRing:
         return any(sum(key.id is None for key in keys) >= MAX_TRIALS for keys in self._by_algorithm.values())
 
 
-class _Flight:
-    """One fetch on its way, and the event loop that it is on."""
-
-    __slots__ = ("done", "loop", "task")
-
-    def __init__(self) -> None:
-        self.done = Event()
-        self.loop: object = current_token()
-        self.task: Task[None] | None = None
-
-
 class FetchedKeys:
     """The key set of one issuer, as it is known now. Durations are measured by the exchange's clock.
 
@@ -198,7 +192,7 @@ class FetchedKeys:
         # Until when no fetch is due, the set is in its lifetime, and it is used at all.
         self._due = self._fresh = self._last = -math.inf
         self._failed_at: float | None = None
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._begun = self._interrupted = 0
         self._answered, self._answered_at = 0, -math.inf
         self._arrival = -math.inf
@@ -291,7 +285,7 @@ class FetchedKeys:
             return False
         return name is None or bool(self.ring.fitting(*name)) or self.is_absent(name, clock)
 
-    def _on_its_way(self) -> _Flight | None:
+    def _on_its_way(self) -> Flight | None:
         """The fetch to wait for. One on another event loop, which may have ended with it, is nobody's to wait for."""
         flight = self._flight
         return flight if flight is not None and flight.loop == current_token() else None
@@ -321,25 +315,12 @@ class FetchedKeys:
 
     async def _fetch(self, clock: Clock) -> None:
         """Fetch, and wait until that has ended."""
-        flight = self._flight = _Flight()
-        try:
-            loop = get_running_loop()
-        except RuntimeError:  # trio
-            try:
-                await self._fly(clock)
-            finally:
-                self._land(flight)
-            return
-        # No scope shields from `Task.cancel` and `asyncio.timeout`: there a fetch has a task of its own, so that those
-        # who leave cannot end it time after time.
-        flight.task = loop.create_task(self._fly(clock), context=Context())
-        flight.task.add_done_callback(lambda _: self._land(flight))
-        await flight.done.wait()
+        flight = self._flight = Flight()
+        await flight.fly(lambda: self._fly(clock), lambda: self._land(flight))
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         if self._flight is flight:
             self._flight = None
-        flight.done.set()
 
     async def _fly(self, clock: Clock) -> None:
         self._begun += 1

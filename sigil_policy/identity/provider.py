@@ -88,11 +88,12 @@ async def fetch(client: "httpx2.AsyncClient", url: str, *, limit: int) -> Docume
                 raise ProviderError(f"answers {response.status_code}")
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise ProviderError("answers compressed, which was not asked for")
-            return Document(await _body(response, limit), _max_age(response.headers))
+            return Document(await read_body(response, limit), _max_age(response.headers))
     raise ProviderError(f"redirects more than {_REDIRECTS} times")
 
 
-async def _body(response: "httpx2.Response", limit: int) -> bytes:
+async def read_body(response: "httpx2.Response", limit: int) -> bytes:
+    """The body of `response`; one of more than `limit` bytes is left where that is seen, and a `ProviderError`."""
     body = bytearray()
     # Left by cancellation, which every layer below sees: a loop that is left by an exception would leave them open.
     with CancelScope() as reading:
@@ -135,8 +136,14 @@ def read_object(body: bytes) -> dict[str, Any]:
     raise ProviderError("answers with something that is no JSON object")
 
 
-def check_url(url: str, *, loopback: bool) -> str:
-    """`url`, if keys may be fetched from there; else `ValueError`."""
+def check_url(
+    url: str,
+    *,
+    loopback: bool,
+    goods: str = "keys come",
+    danger: str = "whoever can change them on the way can sign anything",
+) -> str:
+    """`url`, if keys may be fetched from there; else `ValueError`. `goods` and `danger` say it of something else."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -148,9 +155,9 @@ def check_url(url: str, *, loopback: bool) -> str:
         raise ValueError("a provider's URL has neither a user or password nor a fragment")
     if parts.scheme == "http" and _is_loopback(host):
         if not loopback:
-            raise ValueError("keys come over https; for a provider on this machine write allow_insecure_loopback=True")
+            raise ValueError(f"{goods} over https; for a provider on this machine write allow_insecure_loopback=True")
     elif parts.scheme != "https":
-        raise ValueError("keys come over https: whoever can change them on the way can sign anything")
+        raise ValueError(f"{goods} over https: {danger}")
     return url
 
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from sigil_policy.core.facts import Principal
-from sigil_policy.identity.issuers import Issuer, Reading
+from sigil_policy.identity.issuers import ClaimRules, Issuer, Reading
 from sigil_policy.identity.key_sets import FetchedKeys, Name
 from sigil_policy.wire.jws import MAX_TOKEN, CompactJws, parse_compact, parse_object
 
@@ -102,10 +102,10 @@ class TokenVerifier:
                 raise
             if self._issuer(unsigned) is not unknown.issuer:
                 raise TokenError("iss") from None
-            _judge(unknown.issuer, _frozen(unsigned), now)
+            judge(unknown.issuer, frozen(unsigned), now)
             raise
-        held = _frozen(claims)
-        reading = _judge(issuer, held, now)
+        held = frozen(claims)
+        reading = judge(issuer, held, now)
         # Only now: the application is asked of nothing that no key has signed.
         return VerifiedToken(issuer.principal(reading, held, self._realm), reading.not_before, reading.not_after)
 
@@ -224,9 +224,10 @@ def _check_signature(issuer: Issuer, jws: CompactJws) -> None:
         raise TokenError("signature")
 
 
-def _judge(issuer: Issuer, claims: Mapping[str, Any], now: float) -> Reading:
+def judge(rules: ClaimRules, claims: Mapping[str, Any], now: float) -> Reading:
+    """What `claims` say by `rules`, which hold `now`. Raises `TokenError`."""
     try:
-        reading = issuer.read(claims)
+        reading = rules.read(claims)
     except ValueError as error:
         raise TokenError(str(error)) from None
     if now < reading.not_before:
@@ -236,14 +237,14 @@ def _judge(issuer: Issuer, claims: Mapping[str, Any], now: float) -> Reading:
     return reading
 
 
-def _frozen(claims: Mapping[str, Any]) -> Mapping[str, Any]:
+def frozen(claims: Mapping[str, Any]) -> Mapping[str, Any]:
     """`claims` as a value: a verified token is shared by the requests that present it, and nobody may change it."""
     return MappingProxyType({name: _freeze(value) for name, value in claims.items()})
 
 
 def _freeze(value: Any) -> Any:
     if isinstance(value, dict):
-        return _frozen(value)
+        return frozen(value)
     if isinstance(value, list):
         return tuple(map(_freeze, value))
     return value

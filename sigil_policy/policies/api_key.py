@@ -9,7 +9,8 @@ in, decides whether that will do; without `Scopes`, write `required=True`.
 Guarantees: mistyped, unknown, expired, revoked and wrong keys get the same answer, and an unknown id costs the same
 digest and the same comparison in constant time as a known one; a typing error is refused without a look-up; a store
 that fails or is slow lets nobody in, and is answered with 503 and `Retry-After`, never 500; the store holds only keyed
-digests; no key is logged or shown. WebSocket handshakes obey the same rules.
+digests; no key is logged or shown. WebSocket handshakes obey the same rules, and a connection whose key expires or is
+revoked while it lasts is closed with code 4401.
 
 How soon a key that was made or revoked elsewhere is known, and what callers who make ids up cost, is the store's to
 say: see `RemoteApiKeyStore`. `ApiKeys`, and `sigil-policy key` on the command line, make and end keys.
@@ -23,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import cached_property, partial
 from hmac import compare_digest
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import anyio
 import structlog
@@ -37,9 +38,9 @@ from sigil_policy.core.catalogue import (
     KEY_INVALID,
     http_problem,
 )
-from sigil_policy.core.exchange import Exchange
+from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
-from sigil_policy.core.policy import Closable, Policy
+from sigil_policy.core.policy import Closable, Close, Policy
 from sigil_policy.core.problems import Problem, ProblemType
 from sigil_policy.identity.api_keys import (
     ApiKeyRecord,
@@ -58,8 +59,11 @@ from sigil_policy.identity.challenges import (
     is_preflight,
     offer,
 )
+from sigil_policy.identity.endings import close_for, until_credentials_end
 from sigil_policy.identity.fields import HeaderName, Realm, Scheme
+from sigil_policy.identity.subprotocols import SubprotocolPair
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.urls import found_by
 from sigil_policy.wire.authorization import QueryNames, bearer_token
 
 logger = structlog.get_logger("sigil_policy")
@@ -89,7 +93,7 @@ class ApiKeyAuth(Policy):
 
     gives: ClassVar[tuple[type, ...]] = (Principal, Challenges)
 
-    store: ApiKeyStore | str
+    store: Annotated[ApiKeyStore | str, found_by(key_store)]
     """Where the records are: a store, or the URL of one as in `sigil_policy.identity.api_keys.urls`."""
 
     pepper: SecretStr
@@ -114,7 +118,8 @@ class ApiKeyAuth(Policy):
     """Refuse callers without a key here, CORS preflights excepted (default False: that is for `Scopes` to decide)."""
 
     conflicts_with: HeaderName | None = "Authorization"
-    """Refuse requests that carry this header beside a key (default `"Authorization"`; None: no header)."""
+    """Refuse requests that carry this header beside a key (default `"Authorization"`). None: no header; where an outer
+    policy knows the caller already, the key is verified all the same, and cosigns (`Exchange.principals`)."""
 
     tolerate_leaked_query_keys: bool = False
     """Let requests pass that carry `api_key=`, `apikey=` or `x-api-key=` in their query, where logs and histories
@@ -123,11 +128,13 @@ class ApiKeyAuth(Policy):
     deadline: Annotated[float, Field(ge=0.001, le=60)] = 2.0
     """Seconds that the store may take to find a key (default 2); then 503. A store may have a shorter one itself."""
 
-    @field_validator("store", mode="before")
-    @classmethod
-    def _found_by_url(cls, store: Any) -> Any:
-        # Here, so that a URL with a password stands in no repr.
-        return key_store(store) if isinstance(store, str) else store
+    recheck: Annotated[float, Field(ge=0.05, le=3_600)] = 30.0
+    """Seconds after which the key of an open WebSocket is looked up again (default 30). A connection whose key cannot
+    be looked up three times in a row is closed with code 1013."""
+
+    websocket_protocol: HeaderName | None = None
+    """On a WebSocket also take the key behind this subprotocol, as a browser can send it (default None):
+    `new WebSocket(url, ["sigil.key", key])` for `"sigil.key"`. With `bearer`, what begins with `bearer_prefix`."""
 
     @field_validator("pepper")
     @classmethod
@@ -139,7 +146,10 @@ class ApiKeyAuth(Policy):
     def _prepare(self) -> "ApiKeyAuth":
         _ = self._pepper, self._header, self._rival, self._prefix
         _ = self._challenge, self._invalid_request, self._invalid_token
-        _ = self._find, self._note_use, self._reported
+        _ = self._find, self._note_use, self._reported, self._pair
+        if self._pair is None:
+            # A hook that has nothing to do here is taken out of the pass.
+            object.__setattr__(self, "on_response", None)
         return self
 
     def resources(self) -> Iterable[Closable]:
@@ -175,6 +185,10 @@ class ApiKeyAuth(Policy):
         return self.conflicts_with.lower().encode("ascii") if self.conflicts_with is not None else b""
 
     @cached_property
+    def _pair(self) -> SubprotocolPair | None:
+        return None if self.websocket_protocol is None else SubprotocolPair(self.websocket_protocol)
+
+    @cached_property
     def _prefix(self) -> bytes:
         return self.bearer_prefix.encode()
 
@@ -195,25 +209,23 @@ class ApiKeyAuth(Policy):
         return (bearer,) if self.scheme is None else (bearer, challenge_line(self.scheme, self.realm))
 
     def on_request(self, ex: Exchange) -> Problem | Awaitable[Problem | None] | None:
-        headers = ex.headers
-        presented = headers.get(self._header)
         if ex.method == "OPTIONS" and is_preflight(ex):
             ex.anonymous()
             return None
         if ex.query and not self.tolerate_leaked_query_keys and _QUERY_NAMES.found_in(ex.query):
             return self._bad_request(CREDENTIALS_IN_QUERY, "The query string carries an API key")
-        as_bearer = False
+        try:
+            presented, as_bearer = self._presented(ex)
+        except ValueError:
+            return self._bad_request(CREDENTIALS_MALFORMED, "The subprotocols carry no API key, or a second one")
         if presented is None:
-            if self.bearer:
-                as_bearer, presented = True, self._from_bearer(headers.get(b"authorization"))
-            if presented is None:
-                return self._without_key(ex) if ex.principal is None else None
-        elif self._rival in headers:
+            return self._without_key(ex) if ex.principal is None or not self._rival else None
+        if not as_bearer and self._rival in ex.headers:
             return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
         if (b"authorization" if as_bearer else self._header) in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one credential of a kind")
         known = ex.principal
-        if known is not None and known.kind != "api_key":
+        if known is not None and known.kind != "api_key" and self._rival:
             return None  # an outer policy of another kind has answered for the caller
         refusal = self._invalid_token if as_bearer else self._challenge
         name = key_id(presented)
@@ -227,6 +239,34 @@ class ApiKeyAuth(Policy):
         if found is None or isinstance(found, ApiKeyRecord):
             return self._judge(ex, found, digest, refusal)
         return self._judge_later(ex, found, digest, refusal)
+
+    def _presented(self, ex: Exchange) -> tuple[bytes | None, bool]:
+        """The key, and whether it came as a bearer token. `ValueError`: subprotocols with no key, or one too many."""
+        presented = ex.headers.get(self._header)
+        offered = None if self._pair is None else self._pair.credential(ex)
+        if offered is not None and (not self.bearer or offered.startswith(self._prefix)):
+            if presented is not None:
+                raise ValueError("a key in the header, and one as a subprotocol")
+            return offered, False
+        if presented is None and self.bearer:
+            return self._from_bearer(ex.headers.get(b"authorization")), True
+        return presented, False
+
+    def on_response(self, ex: Exchange, head: Head) -> None:
+        if self._pair is not None:
+            self._pair.select(ex, head)
+
+    async def on_check(self, ex: Exchange) -> float | Close | None:
+        if self._presented(ex)[0] is None:
+            return None
+        answer = self.on_request(ex)
+        if isinstance(answer, Awaitable):
+            answer = await answer
+        failures = 0 if answer is None or answer.status < 500 else (ex.note(self) or 0) + 1
+        ex.keep(self, failures)
+        if answer is not None and failures not in (1, 2):
+            return close_for(answer)
+        return until_credentials_end(ex, self.recheck)
 
     async def _judge_later(
         self, ex: Exchange, finding: Awaitable[ApiKeyRecord | None], digest: bytes, refusal: HeaderLines
@@ -272,7 +312,9 @@ class ApiKeyAuth(Policy):
         principal, known = record.principal(self.realm), ex.principal
         # A key that an outer ApiKeyAuth has accepted is verified here too: this store may know fewer. Where both agree,
         # the outer one's answer stays, with what others have made of it since.
-        if known is None or known.key != principal.key or known.scopes != principal.scopes:
+        if known is not None and known.kind != "api_key":
+            ex.cosign(principal)
+        elif known is None or known.key != principal.key or known.scopes != principal.scopes:
             ex.authenticate(principal)
         return None
 
@@ -289,7 +331,7 @@ class ApiKeyAuth(Policy):
     def _without_key(self, ex: Exchange) -> Problem | None:
         ex.anonymous()
         offered = offer(ex, self._challenge)
-        if self.required:
+        if self.required and ex.principal is None:
             return CREDENTIALS_MISSING("This API takes an API key", headers=offered.lines)
         return None
 

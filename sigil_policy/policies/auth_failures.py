@@ -9,7 +9,7 @@
     {"error_code": "RATE_004", "detail": "Too many failed authentications.", ...}
 
 A failure is a 401 that a policy inside answers to a request that carries a credential. One without a credential is
-none, nor is a malformed header (400), nor what the application answers.
+none, nor is a malformed header (400), nor what the application answers, nor one that a second credential is asked of.
 
 What it guarantees:
 
@@ -52,10 +52,11 @@ RFC 6585 section 4; RFC 9110 section 10.2.3; RFC 4291 section 2.5.1.
 from collections.abc import Awaitable, Generator, Iterable
 from functools import cached_property
 from hashlib import sha256
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import limits as limit_strings
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sigil_policy.core.catalogue import AUTH_FAILURES_EXCEEDED, LIMITS_UNAVAILABLE
 from sigil_policy.core.exchange import Exchange, Head
@@ -64,10 +65,10 @@ from sigil_policy.core.policy import Answer, Closable, Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.identity.api_keys import key_id
 from sigil_policy.identity.callers import Addresses, TrustedProxies
-from sigil_policy.identity.fields import HeaderName
+from sigil_policy.identity.fields import HeaderName, Label
 from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, StoreUnavailableError, Window
 from sigil_policy.stores.memory import memory_limits
-from sigil_policy.stores.urls import limit_store
+from sigil_policy.stores.urls import found_by, limit_store
 from sigil_policy.wire.authorization import bearer_token
 from sigil_policy.wire.jws import MAX_TOKEN
 
@@ -120,16 +121,10 @@ class AuthFailureLimit(Policy):
     trusted_proxies: TrustedProxies = ()
     ipv6_prefix: Annotated[int, Field(ge=16, le=128)] = 64
     algorithm: Algorithm = "fixed"
-    store: Any = None
+    store: Annotated[Any, found_by(limit_store)] = None
     on_store_loss: Literal["closed", "open", "local"] = "closed"
     expected_replicas: Annotated[int, Field(ge=1)] | None = None
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "failures"
-
-    @field_validator("store")
-    @classmethod
-    def _found_by_url(cls, store: Any) -> Any:
-        # Here, so that a URL with a password stands in no repr.
-        return limit_store(store) if isinstance(store, str) else store
+    name: Label = "failures"
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -412,7 +407,9 @@ class _Attempt:
     def credential(self) -> _Credential | None:
         """Looked for when somebody asks, and once."""
         if self._known is None:
-            self._known = (next(filter(None, map(_credential, self._presented)), None),)
+            # An API key before a token: nobody tries out keys under the cover of a token.
+            found = filter(None, map(_credential, self._presented))
+            self._known = (max(found, key=attrgetter("owned"), default=None),)
         return self._known[0]
 
 
@@ -456,7 +453,8 @@ def _has_failed(ex: Exchange, attempt: _Attempt) -> bool:
     if ex.refused_by is None:
         return False
     if attempt.status is not None:
-        return attempt.status == 401
+        # `Scopes` asks for a further credential; what was presented is right.
+        return attempt.status == 401 and (ex.refused_by != "Scopes" or ex.principal is None)
     # Closed before it was accepted, and no status was to be seen.
     unknown = ex.principal is None
     return ex.kind == "websocket" and unknown and (ex.refused_by in _AUTHENTICATORS or ex.refused_by == "Scopes")

@@ -50,7 +50,7 @@ from sigil_policy.wire.mcp import (
     read_message,
     takes_name,
 )
-from sigil_policy.wire.protected_resources import is_origin
+from sigil_policy.wire.origins import Origins
 
 PARSE_ERROR = -32_700
 INVALID_REQUEST = -32_600
@@ -75,6 +75,8 @@ ErrorForm = Literal["problem", "oauth"]
 
 class McpCall(NamedTuple):
     """What a request to an MCP server asks for. Given by `McpTools`, to callers who may have it.
+
+        McpCall(method="tools/call", tool="search")     # what ex[McpCall] is, where a tool of the table is called
 
     `method` is the message's, as the client wrote it; None where there is none. `tool` is the called tool's name in the
     table, `"*"` for one that is not there, None where no tool is called: never text that a client has made up.
@@ -134,22 +136,16 @@ class McpEndpoint(Policy):
     @field_validator("origins")
     @classmethod
     def _as_browsers_write_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in origins:
-            if not is_origin(origin):
-                raise ValueError(
-                    f"origin {origin!r} must be written as browsers do, for example 'https://app.example.com': lower "
-                    "case, no path, no default port; neither 'null' nor '*' can be trusted"
-                )
-        return origins
+        return Origins(origins).listed
 
     @model_validator(mode="after")
     def _prepare(self) -> Self:
-        _ = self.rules(), self._known
+        _ = self.rules(), self._allowed
         return self
 
     @cached_property
-    def _known(self) -> frozenset[bytes]:
-        return frozenset(origin.encode("ascii") for origin in self.origins)
+    def _allowed(self) -> Origins:
+        return Origins(self.origins)
 
     def rules(self) -> Mapping[str, bool]:
         return _routes(self.paths, self.exempt)
@@ -163,7 +159,7 @@ class McpEndpoint(Policy):
             style = ex.style
             ex.style = OAuthStyle(base_url=style.base_url, media_type=style.media_type, instance=style.instance)
         origin = ex.headers.get(b"origin")
-        if origin is None or origin in self._known:
+        if origin is None or self._allowed.lists(origin):
             return None
         return http_problem(403)("This origin may not call the server")
 

@@ -17,8 +17,8 @@ What it guarantees:
 * **A revoked credential gets the answer of a wrong one**: 401 `AUTH_002` for a token, `AUTH_005` for an API key. It
   does not say that it was right once.
 * **A bounded delay.** What is revoked is refused in every process at the latest `delay` seconds after `revoke` has
-  returned (plus what a refresh takes), and at once with a store of this process. Who was let in before goes on: an
-  exchange is judged once, when it comes.
+  returned (plus what a refresh takes), and at once with a store of this process. A request is judged once, when it
+  comes; an open WebSocket every `recheck` seconds, and closed with code 4401.
 * **Hardly any request waits.** Each process has a copy. It is refreshed after a response, when it is older than half of
   `delay`; one trip, however many requests there were. Only a request that finds a copy older than `delay`, because
   nobody came for so long, waits for a trip, and all that come meanwhile for the same one.
@@ -39,18 +39,19 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sigil_policy.core.catalogue import KEY_INVALID, TOKEN_INVALID, http_problem
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
-from sigil_policy.core.policy import Answer, Closable, Policy
+from sigil_policy.core.policy import Answer, Closable, Close, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.identity.challenges import challenge_line
+from sigil_policy.identity.endings import close_for
 from sigil_policy.identity.fields import Scheme
 from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.revocations import RevocationStore
-from sigil_policy.stores.urls import revocation_store
+from sigil_policy.stores.urls import found_by, revocation_store
 
 
 class Revocation(Policy):
@@ -65,6 +66,8 @@ class Revocation(Policy):
             process it means nothing.
         stale_for: for how many seconds a copy decides that cannot be refreshed (default 30; at least `delay`).
         on_store_loss: "closed" (default) or "open": what holds after that.
+        recheck: after how many seconds an open WebSocket is judged again, 0.05 to 3600 (default 5). While nothing can
+            be known and `on_store_loss` is "closed", it is closed with code 1013.
         scheme: the scheme of the second challenge line to API keys, as `ApiKeyAuth` has it (default "ApiKey"; None:
             only `Bearer`).
 
@@ -74,17 +77,12 @@ class Revocation(Policy):
 
     needs: ClassVar[tuple[type, ...]] = (Principal,)
 
-    store: Any
+    store: Annotated[Any, found_by(revocation_store)]
     delay: Annotated[float, Field(ge=0.05, le=300)] = 1.0
     stale_for: Annotated[float, Field(gt=0, le=31_536_000)] = 30.0
     on_store_loss: Literal["closed", "open"] = "closed"
+    recheck: Annotated[float, Field(ge=0.05, le=3_600)] = 5.0
     scheme: Scheme | None = "ApiKey"
-
-    @field_validator("store")
-    @classmethod
-    def _found_by_url(cls, store: Any) -> Any:
-        # Here, so that a URL with a password stands in no repr.
-        return revocation_store(store) if isinstance(store, str) else store
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -114,12 +112,18 @@ class Revocation(Policy):
     # --- the pass --------------------------------------------------------------------------------------------------
 
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
-        principal = ex.principal
-        if principal is None:
+        if ex.principal is None:
             return None
         if self._remote and self._revocations.age(ex.clock.monotonic()) >= self.delay:
-            return self._judge_later(ex, principal)
-        return self._judge(ex, principal)
+            return self._judge_later(ex)
+        return self._judge(ex)
+
+    def on_check(self, ex: Exchange) -> float | Close | Awaitable[float | Close]:
+        answer = self.on_request(ex)
+        return self._go_on_later(answer) if isinstance(answer, Awaitable) else close_for(answer) or self.recheck
+
+    async def _go_on_later(self, judging: Awaitable[Answer]) -> float | Close:
+        return close_for(await judging) or self.recheck
 
     def on_finish(self, ex: Exchange) -> Awaitable[None] | None:
         store, now = self._revocations, ex.clock.monotonic()
@@ -127,7 +131,7 @@ class Revocation(Policy):
 
     # --- parts of it -----------------------------------------------------------------------------------------------
 
-    async def _judge_later(self, ex: Exchange, principal: Principal) -> Problem | None:
+    async def _judge_later(self, ex: Exchange) -> Problem | None:
         """Bring an old copy up to date first."""
         store, now = self._revocations, ex.clock.monotonic()
         wait = 1.0
@@ -137,9 +141,17 @@ class Revocation(Policy):
             wait = lost.retry_after
         if store.age(now) >= self.stale_for and self.on_store_loss == "closed":
             return http_problem(503)("Credentials cannot be checked at the moment.", retry_after=wait)
-        return self._judge(ex, principal)
+        return self._judge(ex)
 
-    def _judge(self, ex: Exchange, principal: Principal) -> Problem | None:
+    def _judge(self, ex: Exchange) -> Problem | None:
+        """Every credential that vouches, also one that only cosigns: one that was revoked is a wrong one."""
+        for principal in ex.principals:
+            problem = self._judge_one(ex, principal)
+            if problem is not None:
+                return problem
+        return None
+
+    def _judge_one(self, ex: Exchange, principal: Principal) -> Problem | None:
         claims = principal.claims
         jti, issued = claims.get("jti"), claims.get("iat")
         if not self._revocations.revoked(

@@ -6,6 +6,8 @@
             "POST /v7/agents": "agents:write",
             "POST /v7/agents/{name}/run": AllOf("agents:read", "agents:execute"),
             "/v7/memory/**": AnyOf("memory:read", "memory:write"),
+            "GET /v7/usage": FromIssuer("https://auth.example.com", scopes="usage") | FromApiKey("usage"),
+            "POST /v7/payouts": FromIssuer("https://auth.example.com", scopes="pay") & FromApiKey(),
         },
         public=["GET /health"],
     )
@@ -17,6 +19,17 @@ what looks like one: where the application does more with `OPTIONS` than answer 
 400, except to the superscope: nobody can tell what the application makes of it. Nobody gets 401 with every challenge
 that the auth policies outside offered, somebody with too few scopes 403 `insufficient_scope`, with what is required.
 Scopes are compared exactly, in any order.
+
+Who vouches for the caller is said with `FromIssuer` and `FromApiKey`; `|` takes one of two requirements, `&` both, and
+`sigil_policy.identity.requirements` says what holds. Two credentials in one request pass the policies outside only with
+`conflicts_with=None` on both of them; then the outer one's caller acts, and the other one's cosigns. For such a route
+
+* 401 asks for a credential that was not presented and could help, with the challenges of the policies that saw none
+  (of those that let a second one through; else with that of `Bearer`);
+* 403 `insufficient_scope` says which scopes are missing where the credentials are right, of the first way that scopes
+  would open;
+* 403 `REQ_403` says only that others have to vouch: another issuer, another kind, or one subject for both;
+* the superscope opens what its own credential's scopes would; it replaces no issuer, and no second credential.
 
 Goes inside `BearerAuth` and `ApiKeyAuth`, outside `RateLimit` and whatever works on behalf of the caller. RFC 6750
 section 3.1, RFC 6749 section 3.3.
@@ -32,68 +45,29 @@ from pydantic import Field, field_validator, model_validator
 from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT, http_problem
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal, Public
+from sigil_policy.core.host import Resolution
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import has_dot_segment, parse_route
 from sigil_policy.identity.challenges import Challenges, challenge_line, is_preflight
 from sigil_policy.identity.fields import Scope
-from sigil_policy.wire.authorization import challenge, is_scope_token, split_scopes
+from sigil_policy.identity.requirements import (
+    AllOf,
+    AnyOf,
+    Case,
+    Lack,
+    Requirement,
+    Standing,
+    scopes_of,
+)
+from sigil_policy.wire.authorization import challenge
+
+__all__ = ["AllOf", "AnyOf", "Scopes"]
 
 _DEFAULT_CHALLENGE = (challenge_line("Bearer", "api"),)
-
-
-class _ScopeSet:
-    """Scopes named by a rule, in the order in which they were written."""
-
-    __slots__ = ("_known", "scopes")
-
-    def __init__(self, *scopes: str) -> None:
-        for scope in scopes:
-            if not isinstance(scope, str) or not is_scope_token(scope):
-                raise ValueError(
-                    f"scope {scope!r} must be printable ASCII without space, quote and backslash, for example "
-                    "'agents:read' (RFC 6749 section 3.3); write several scopes as a list"
-                )
-        self.scopes = tuple(dict.fromkeys(scopes))
-        self._known = frozenset(scopes)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.scopes))})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and isinstance(other, _ScopeSet) and other._known == self._known
-
-    def __hash__(self) -> int:
-        return hash((type(self), self._known))
-
-
-class AllOf(_ScopeSet):
-    """Every one of these scopes: `AllOf("agents:read", "agents:execute")`. `AllOf()` takes none, but a caller."""
-
-    __slots__ = ()
-
-    def allows(self, held: frozenset[str]) -> bool:
-        return self._known <= held
-
-    def missing(self, held: frozenset[str]) -> list[str]:
-        return [scope for scope in self.scopes if scope not in held]
-
-
-class AnyOf(_ScopeSet):
-    """At least one of these scopes: `AnyOf("memory:read", "memory:write")`."""
-
-    __slots__ = ()
-
-    def __init__(self, *scopes: str) -> None:
-        if not scopes:
-            raise ValueError("AnyOf() without a scope lets nobody pass; name at least one")
-        super().__init__(*scopes)
-
-    def allows(self, held: frozenset[str]) -> bool:
-        return not self._known.isdisjoint(held)
-
-    def missing(self, held: frozenset[str]) -> list[str]:
-        return list(self.scopes)
+# What takes nothing but scopes of the caller.
+_SCOPES_ALONE = frozenset((AllOf, AnyOf, type(None)))
 
 
 class Scopes(Policy):
@@ -102,23 +76,26 @@ class Scopes(Policy):
         Scopes(routes={"GET /v7/agents": "agents:read"}, public=["GET /health"])
 
     Answers 401 `AUTH_001` to nobody, 403 `AUTH_004` with `required_scopes` and `missing_scopes` to somebody with too
-    few scopes, and 400 `REQ_400` to a path with a dot segment. Gives `Public` on public routes. Raises
-    `ValidationError` (a `ValueError`) for a scope that cannot be one, a route that is none, and a route that is both
-    public and not.
+    few scopes, 401 `AUTH_001` or 403 `REQ_403` to somebody for whom others have to vouch, and 400 `REQ_400` to a path
+    with a dot segment. Gives `Public` on public routes. Raises `ValidationError` (a `ValueError`) for a scope that
+    cannot be one, a route that is none, and a route that is both public and not.
     """
 
     needs: ClassVar[tuple[type, ...]] = (Principal,)
     gives: ClassVar[tuple[type, ...]] = (Public,)
+    marks: ClassVar[frozenset[str]] = frozenset(("scopes", "any_scope", "public"))
 
-    routes: Mapping[str, str | AllOf | AnyOf | Sequence[str]] = Field(default_factory=dict)
-    """From route to what it takes: one scope, several separated by spaces or as a list (all of them), `AllOf(...)` or
-    `AnyOf(...)` (default: no route takes a scope). `[]` takes a caller, but no scope. The most specific route holds."""
+    routes: Mapping[str, str | Requirement | Sequence[str]] = Field(default_factory=dict)
+    """From route to what it takes: one scope, several separated by spaces or as a list (all of them), `AllOf(...)`,
+    `AnyOf(...)`, or who has to vouch: `FromIssuer(...)`, `FromApiKey(...)`, with `&` and `|` (default: no route takes a
+    scope). `[]` takes a caller, but no scope. The most specific route holds."""
 
     public: Listed[str] = ()
     """Routes that anybody may call (default: none)."""
 
     superscope: Scope | None = "admin"
-    """The scope that opens every route; `request.auth` then has all scopes (default `"admin"`; None: no such scope)."""
+    """The scope that opens every route, as far as scopes open it; `request.auth` then has all scopes (default
+    `"admin"`; None: no such scope)."""
 
     @field_validator("routes", mode="before")
     @classmethod
@@ -133,7 +110,7 @@ class Scopes(Policy):
         return self
 
     @cached_property
-    def _table(self) -> Mapping[str, AllOf | AnyOf | Public]:
+    def _table(self) -> Mapping[str, Requirement | Public]:
         # One requirement may stand for several routes, and must not speak for all of them: see `_preflights_too`.
         table: dict[str, Any] = {route: copy(rule) for route, rule in self.routes.items()}
         owners = {parse_route(route): route for route in self.routes}
@@ -151,11 +128,20 @@ class Scopes(Policy):
         """The requirements of routes that name `OPTIONS`, by identity: each is in the table for itself."""
         return frozenset(id(rule) for route, rule in self._table.items() if parse_route(route).method == "OPTIONS")
 
-    def rules(self) -> Mapping[str, AllOf | AnyOf | Public]:
+    def rules(self) -> Mapping[str, Requirement | Public]:
         return self._table
 
+    def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
+        if rule is not None:
+            return rule
+        if marks.public:
+            return Public(resolution.template or "")
+        if marks.any_scope is not None:
+            return AnyOf(*marks.any_scope)
+        return None if marks.scopes is None else AllOf(*marks.scopes)
+
     def on_request(self, ex: Exchange) -> Problem | None:
-        rule: AllOf | AnyOf | Public | None = ex.rule(self)
+        rule: Requirement | Public | None = ex.rule(self)
         principal = ex.principal
         everything = principal is not None and self.superscope in principal.scopes
         if everything:
@@ -165,7 +151,7 @@ class Scopes(Policy):
             return None
         if principal is None:
             return None if is_preflight(ex) and id(rule) not in self._preflights_too else self._unknown(ex)
-        if everything:
+        if everything and type(rule) in _SCOPES_ALONE:
             return None
         if rule is None:
             # No rule covers such a path (see `core.routing`), but an application that resolves it would serve
@@ -173,26 +159,38 @@ class Scopes(Policy):
             return _dot_segment() if has_dot_segment(ex.path) else None
         if rule.allows(principal.scopes):
             return None
-        return self._forbidden(principal, rule)
+        return self._judge(ex, rule)
 
-    def _unknown(self, ex: Exchange) -> Problem:
+    def _judge(self, ex: Exchange, rule: Requirement) -> Problem | None:
+        """The answer to a caller for whom scopes alone did not decide."""
+        case = Case(ex.principals, self.superscope)
+        standing = rule.standing(case)
+        if standing is Standing.HELD:
+            return None
+        if standing is Standing.LACKING:
+            return self._forbidden(rule.lacks(case))
+        if standing is Standing.ABSENT:
+            return self._unknown(ex, "This route takes another credential, or a further one")
+        # Whose would do is not told: it would help only who looks for a way in.
+        return http_problem(403)("This route takes a caller for whom others vouch")
+
+    def _unknown(self, ex: Exchange, detail: str = "This route takes an authenticated caller") -> Problem:
         offered = ex.get(Challenges)
         # No error code: who sent no credential made no mistake (RFC 6750 section 3.1).
         return CREDENTIALS_MISSING(
-            "This route takes an authenticated caller",
+            detail,
             headers=_DEFAULT_CHALLENGE if offered is None else offered.lines,
         )
 
-    def _forbidden(self, principal: Principal, rule: AllOf | AnyOf) -> Problem:
-        line = challenge("Bearer", realm=principal.realm, error="insufficient_scope", scope=rule.scopes)
-        which = (
-            "one of the scopes" if isinstance(rule, AnyOf) else "the scopes" if len(rule.scopes) > 1 else "the scope"
-        )
+    def _forbidden(self, lacks: list[Lack]) -> Problem:
+        required = list(dict.fromkeys(scope for lack in lacks for scope in lack.scopes.scopes))
+        missing = (scope for lack in lacks for scope in lack.scopes.missing(lack.principal.scopes))
+        line = challenge("Bearer", realm=lacks[0].principal.realm, error="insufficient_scope", scope=required)
         return SCOPE_INSUFFICIENT(
-            f"This route takes {which} {', '.join(rule.scopes)}",
+            f"This route takes {' and '.join(dict.fromkeys(map(str, lacks)))}",
             headers=((b"www-authenticate", line),),
-            required_scopes=list(rule.scopes),
-            missing_scopes=rule.missing(principal.scopes),
+            required_scopes=required,
+            missing_scopes=list(dict.fromkeys(missing)),
         )
 
 
@@ -200,15 +198,5 @@ def _dot_segment() -> Problem:
     return http_problem(400)("The path has a dot segment; ask for the path that it means (RFC 3986 section 5.2.4)")
 
 
-def _requirement(route: object, value: Any) -> AllOf | AnyOf:
-    if isinstance(value, AllOf | AnyOf):
-        return value
-    scopes = split_scopes(value) if isinstance(value, str) else value
-    if not isinstance(scopes, Sequence) or (isinstance(value, str) and not scopes):
-        raise ValueError(
-            f"route {route!r} takes a scope, a list of scopes, AllOf(...) or AnyOf(...); [] stands for any caller"
-        )
-    try:
-        return AllOf(*scopes)
-    except ValueError as error:
-        raise ValueError(f"route {route!r}: {error}") from None
+def _requirement(route: object, value: Any) -> Requirement:
+    return value if isinstance(value, Requirement) else scopes_of(value, f"route {route!r}")

@@ -22,18 +22,24 @@ from weakref import WeakValueDictionary
 from pydantic import AfterValidator
 
 from sigil_policy.stores.limits import LimitStore
+from sigil_policy.stores.replays import ReplayStore
 from sigil_policy.stores.revocations import RevocationStore
 from sigil_policy.stores.slots import SlotStore
+from sigil_policy.stores.tickets import TicketStore
 
 if TYPE_CHECKING:
     from sigil_policy.stores.adapter import LimitsStorage
     from sigil_policy.stores.redis import RedisLimits, RedisLink, RedisRevocations, RedisSlots
+    from sigil_policy.stores.redis.replays import RedisReplays
+    from sigil_policy.stores.redis.tickets import RedisTickets
 
 _LOCK = Lock()
 _LINKS: "WeakValueDictionary[str, RedisLink]" = WeakValueDictionary()
 _LIMITS: "WeakValueDictionary[str, RedisLimits | LimitsStorage]" = WeakValueDictionary()
 _SLOTS: "WeakValueDictionary[str, RedisSlots]" = WeakValueDictionary()
 _REVOCATIONS: "WeakValueDictionary[str, RedisRevocations]" = WeakValueDictionary()
+_TICKETS: "WeakValueDictionary[str, RedisTickets]" = WeakValueDictionary()
+_REPLAYS: "WeakValueDictionary[str, RedisReplays]" = WeakValueDictionary()
 _ADAPTED = "limits+"
 
 
@@ -81,6 +87,28 @@ def revocation_store(url: str) -> RevocationStore:
             from sigil_policy.stores.redis import RedisRevocations
 
             store = _REVOCATIONS[url] = RedisRevocations(_link(url))
+        return store
+
+
+def ticket_store(url: str) -> TicketStore:
+    """The store of tickets at `url`, over the same connection as the limits there."""
+    with _LOCK:
+        store = _TICKETS.get(url)
+        if store is None:
+            from sigil_policy.stores.redis.tickets import RedisTickets
+
+            store = _TICKETS[url] = RedisTickets(_link(url))
+        return store
+
+
+def replay_store(url: str) -> ReplayStore:
+    """The store of used proofs at `url`, over the same connection as the limits there."""
+    with _LOCK:
+        store = _REPLAYS.get(url)
+        if store is None:
+            from sigil_policy.stores.redis.replays import RedisReplays
+
+            store = _REPLAYS[url] = RedisReplays(_link(url))
         return store
 
 

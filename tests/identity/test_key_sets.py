@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import ValidationError
 
+from sigil_policy.identity.flights import Flight
 from sigil_policy.identity.issuers import Issuer
-from sigil_policy.identity.key_sets import MAX_TRIALS, FetchedKeys, KeySet, KeysUnavailableError, _Flight
+from sigil_policy.identity.key_sets import MAX_TRIALS, FetchedKeys, KeySet, KeysUnavailableError
 from sigil_policy.testing import FrozenClock
 from tests.identity.material import AUDIENCE, NOW, SECRET, URL, b64, private_pem, public_jwk, small_rsa
 from tests.identity.provider import JWKS_URL, Pair, Provider
@@ -759,7 +760,7 @@ def test_a_fetch_that_ended_with_its_event_loop_holds_nobody_up(clock):
     keys = fetched(provider)
 
     async def leave_one_behind() -> None:
-        keys._flight = _Flight()
+        keys._flight = Flight()
 
     async def obtain() -> None:
         with anyio.fail_after(2):

@@ -482,7 +482,7 @@ async def test_it_stands_outside_of_what_authenticates() -> None:
         ({"algorithm": "gcra", "store": FixedWindows()}, "not by gcra"),
         ({"headers": ["X API Key"]}, "HTTP token"),
         ({"headers": []}, "at least 1"),
-        ({"name": "a b"}, "pattern"),
+        ({"name": "a b"}, "letters, digits"),
         ({"trusted_proxies": ["0.0.0.0/0"]}, "everybody"),
         ({"limit": 5}, "limit"),
     ],

@@ -58,7 +58,10 @@ class ApiKeyStore(Protocol):
 
 @runtime_checkable
 class ApiKeyLedger(ApiKeyStore, Protocol):
-    """A store of which keys can be listed and changed. Two changes at once are as if one came after the other."""
+    """A store of which keys can be listed and changed. Two changes at once are as if one came after the other.
+
+        isinstance(MemoryApiKeyStore(), ApiKeyLedger)       # True
+    """
 
     async def get(self, key_id: str) -> Found:
         """The record as it is now, remembered by nobody."""

@@ -22,7 +22,12 @@ _EXPECTED = "sqlite:///keys.db, redis://host:6379/0, file:keys.jsonl or file:key
 
 
 def key_store(url: str) -> ApiKeyLedger:
-    """The store of keys at `url`. Raises `ValueError` if it names none, `ImportError` for a missing extra."""
+    """The store of keys at `url`, the same one for whoever asks.
+
+        keys = ApiKeys(key_store("sqlite:///keys.db"), pepper=pepper)
+
+    Raises `ValueError` if it names none, `ImportError` for a missing extra.
+    """
     with _LOCK:
         store = _STORES.get(url)
         if store is None:
