@@ -11,7 +11,7 @@ from sigil_policy.core.clock import Clock
 from sigil_policy.core.facts import Cosigners, Credentials, Principal, TokenUsage
 
 if TYPE_CHECKING:
-    from sigil_policy.core.host import Host
+    from sigil_policy.core.host import Host, Resolution
     from sigil_policy.core.problems import ProblemStyle
 
 SCOPE_KEY = "sigil_policy"
@@ -28,6 +28,7 @@ _NONE_REPEATED: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType({})
 _MOST_TOKENS = 999_999_999_999_999  # what an Integer of RFC 9651 can say
 _KNOWN_NAMES: set[bytes] = set()
 _NO_FACTS: frozenset[type] = frozenset()
+_NO_NAMES: frozenset[str] = frozenset()
 _CURRENT: ContextVar["Exchange | None"] = ContextVar("sigil_policy.exchange", default=None)
 
 
@@ -128,10 +129,10 @@ class Exchange(dict[type, Any]):
 
     # Slots: making one costs half as much as with an instance dictionary.
     __slots__ = (
-        "__weakref__", "_closing", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_rules",
-        "_scope", "clock", "done", "error", "finished", "first_byte", "gone", "headers", "host", "kind", "last_byte",
-        "method", "path", "principal", "query", "refused_by", "repeated", "sent_bytes", "started", "started_monotonic",
-        "status", "style",
+        "__weakref__", "_closing", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_resolution",
+        "_rules", "_scope", "_understood", "clock", "done", "error", "finished", "first_byte", "gone", "headers",
+        "host", "kind", "last_byte", "method", "path", "principal", "query", "refused_by", "repeated", "sent_bytes",
+        "started", "started_monotonic", "status", "style",
     )  # fmt: skip
 
     def __init__(self, scope: Message, receive: Receive, clock: Clock, host: "Host", style: "ProblemStyle") -> None:
@@ -148,6 +149,8 @@ class Exchange(dict[type, Any]):
         self._replay: Message | None = None
         self._closing: Message | None = None
         self._given: frozenset[type] = _NO_FACTS
+        self._understood: frozenset[str] = _NO_NAMES
+        self._resolution: Resolution | None = None
         self._scope = self._outer_scope = scope
         self._receive = receive
         self._notes: dict[int, Any] = {}
@@ -318,8 +321,15 @@ class Exchange(dict[type, Any]):
 
     @property
     def route(self) -> str | None:
-        """The template of the route that served this exchange (`/v7/agents/{name}`), once the framework has said it."""
-        return self.host.route(self._outer_scope)
+        """The template of the route that serves this exchange (`/v7/agents/{name}`), with its prefixes and root.
+
+        What the framework has said, and before that what its routes say; None where neither can be read.
+        """
+        route = self.host.route(self._outer_scope)
+        if route is None and not self.finished:
+            resolution = self._resolution or self.host.find(self._outer_scope)
+            route = None if resolution is None else resolution.template
+        return route
 
     @property
     def debug(self) -> bool:

@@ -4,10 +4,11 @@ A `Host` is found when a stack is built around an application. The frameworks' r
 finders, so that nothing of a framework is imported before an application of that framework is met).
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.problems import Reply
 
 if TYPE_CHECKING:
@@ -15,11 +16,64 @@ if TYPE_CHECKING:
     from sigil_policy.core.policy import Policy
 
 
+class Resolution:
+    """The endpoint that will serve an exchange, found before the router runs.
+
+    `template` is its whole path with prefixes and root, `marks` what is said of it, and `own` which of these somebody
+    marked with `policy`: they need a policy that understands them. `behind` says that middlewares stand between the
+    stack and the endpoint, which may be such. There is one resolution for an endpoint at a place, until routes change.
+    """
+
+    __slots__ = ("behind", "endpoint", "marks", "own", "template")
+
+    def __init__(
+        self,
+        endpoint: Any,
+        template: str | None,
+        marks: Marks | None = None,
+        own: frozenset[str] = frozenset(),
+        *,
+        behind: bool = False,
+    ) -> None:
+        self.endpoint = endpoint
+        self.template = template
+        self.marks = marks
+        self.own = own
+        self.behind = behind
+
+    @property
+    def name(self) -> str:
+        """Names the endpoint among all of the application, in every process: for counters."""
+        return f"{self.template} {getattr(self.endpoint, '__qualname__', type(self.endpoint).__qualname__)}"
+
+    def __repr__(self) -> str:
+        return f"Resolution({self.template!r}, {self.endpoint!r})"
+
+
 class Host:
     """A plain ASGI application: nothing is known of it but what it sends."""
 
     root_path: str = ""
     """What the application itself sets as `root_path` once a request has come in, in the place of the server's."""
+
+    def marked(self) -> bool:
+        """Whether something is said of any endpoint; else nobody has to know which one it will be."""
+        return False
+
+    def find(self, scope: dict[str, Any]) -> Resolution | None:
+        """The endpoint that the router will choose for `scope`, or None when it finds none."""
+        return None
+
+    def endpoints(self) -> Iterable[Resolution]:
+        """All endpoints there are now."""
+        return ()
+
+    def inner_policies(self) -> "Iterable[Policy]":
+        """The policies of stacks further in, behind middlewares of others."""
+        return ()
+
+    def tag(self, tags: Mapping[str, Marks]) -> None:
+        """What tags mean, for endpoints that say nothing else."""
 
     def bind(self, policies: "Sequence[Policy]") -> None:
         """Called when a stack has been built around the application, with all policies of that stack."""

@@ -17,13 +17,17 @@ optional, and one that is not overridden costs nothing.
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from sigil_policy.core.exchange import Exchange, Head, Message
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.problems import Problem, Reply
+
+if TYPE_CHECKING:
+    from sigil_policy.core.host import Resolution
 
 Answer = Problem | Reply | None
 
@@ -125,6 +129,9 @@ class Policy:
     reads: ClassVar[tuple[type, ...]] = ()
     precedes: ClassVar[tuple[type, ...]] = ()
 
+    marks: ClassVar[frozenset[str]] = frozenset()
+    """Which marks of endpoints this policy understands; see `sigil_policy.core.marks` and `marked`."""
+
     bound: ClassVar[int] = 65_536
     """How many bytes of a body `on_body` may see; a subclass may make it a field."""
 
@@ -186,6 +193,14 @@ class Policy:
         A route is `"METHOD /v7/agents/{name}"` or `"/v7/**"` (any method, anything below).
         """
         return None
+
+    def marked(self, marks: Marks, rule: Any, resolution: "Resolution") -> Any:
+        """The setting for an endpoint that carries `marks`, where `rule` (or None) is what the table says.
+
+        Asked once for each endpoint, which is that of `resolution`; `ex.rule(self)` is the answer. The table is the
+        stronger. Raises `ValueError` for a mark that cannot be.
+        """
+        return rule
 
     def resources(self) -> Iterable[Closable]:
         """What the stack closes when the application shuts down."""

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlsplit
 
 from sigil_policy.core.facts import Correlation
+from sigil_policy.wire.caching import merge_vary
+from sigil_policy.wire.languages import is_language, look_up
 
 if TYPE_CHECKING:
     from sigil_policy.core.exchange import Exchange
 
 HeaderPairs = Sequence[tuple[bytes, bytes]]
+Messages = Mapping[str, Mapping[str, str]]
 
 _CODE = re.compile(r"[A-Z]+(?:_[A-Z]+)*_\d{3}")
 _EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9_]{2,}")
@@ -59,7 +62,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemType:
-    """One kind of problem: its registered code, its title, its status, and what helps.
+    """One kind of problem: its registered code, its title, its status, what helps, and what it means.
 
     Calling it makes an occurrence. Declaring a second, different type under a code that is taken is refused, and so is
     a code whose component the library owns (AUTH, RATE, CTX, REQ, API, SRV).
@@ -69,8 +72,9 @@ class ProblemType:
     title: str
     status: int
     hints: tuple[str, ...] = ()
+    description: str = ""
 
-    def __init__(self, *, code: str, title: str, status: int, hints: Iterable[str] = ()) -> None:
+    def __init__(self, *, code: str, title: str, status: int, hints: Iterable[str] = (), description: str = "") -> None:
         if not isinstance(code, str) or not _CODE.fullmatch(code):
             raise ValueError(
                 f"problem code {code!r} must look like AGT_001: upper-case words and three digits, joined by '_'"
@@ -88,11 +92,16 @@ class ProblemType:
             raise TypeError(
                 f"problem type {code}: hints is a list of sentences, not one string; write hints=[{hints!r}]"
             )
-        self._fill(code, title, status, tuple(hints))
+        if not isinstance(description, str):
+            raise TypeError(
+                f"problem type {code}: description is a text for its page, not {type(description).__name__}"
+            )
+        self._fill(code, title, status, tuple(hints), description)
         _register(self)
 
-    def _fill(self, code: str, title: str, status: int, hints: tuple[str, ...]) -> None:
-        for name, value in (("code", code), ("title", title), ("status", status), ("hints", hints)):
+    def _fill(self, code: str, title: str, status: int, hints: tuple[str, ...], description: str) -> None:
+        values = {"code": code, "title": title, "status": status, "hints": hints, "description": description}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -112,10 +121,10 @@ class ProblemType:
         return Problem(self, detail, headers=headers, hints=hints, retry_after=retry_after, **extensions)
 
 
-def library_type(code: str, title: str, status: int, *hints: str) -> ProblemType:
+def library_type(code: str, title: str, status: int, *hints: str, description: str = "") -> ProblemType:
     """A type under a component that the library owns; only the catalogue calls this."""
     made = object.__new__(ProblemType)
-    made._fill(code, title, status, hints)
+    made._fill(code, title, status, hints, description)
     _register(made)
     return made
 
@@ -182,13 +191,27 @@ class Problem(Exception):  # noqa: N818  RFC 9457's own word
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemStyle:
-    """How problems look on the wire; a mounted `Problems` policy sets it for what is inside it."""
+    """How problems look on the wire; a mounted `Problems` policy sets it for what is inside it.
+
+    `messages` are titles in other languages, by language tag and code; `language` is the one that all others are in.
+    """
 
     base_url: str = "https://sigil.acti.ai/errors/"
     media_type: str = "application/problem+json"
     instance: Literal["path", "urn"] = "path"
+    messages: Messages = field(default_factory=dict)
+    language: str = "en"
 
     def __post_init__(self) -> None:
+        for tag in (self.language, *self.messages):
+            if not is_language(tag):
+                raise ValueError(f"{tag!r} is not a language tag such as 'de' or 'pt-BR' (RFC 5646 section 2.1)")
+        for tag, titles in self.messages.items():
+            for code, title in titles.items():
+                if not _CODE.fullmatch(code) or not title:
+                    raise ValueError(
+                        f"messages[{tag!r}] maps codes such as AGT_001 to titles; {code!r}: {title!r} doesn't"
+                    )
         parts = urlsplit(self.base_url)
         if not parts.scheme or not (parts.netloc or parts.path) or not self.base_url.endswith(("/", ":", "#")):
             raise ValueError(
@@ -199,11 +222,18 @@ class ProblemStyle:
     def type_uri(self, problem_type: ProblemType) -> str:
         return self.base_url + problem_type.slug
 
+    def title(self, kind: ProblemType, accept_language: bytes) -> tuple[str, str]:
+        """The title of `kind` for a client with this Accept-Language, and the language that it is in."""
+        known = [tag for tag, titles in self.messages.items() if kind.code in titles]
+        tag = look_up(accept_language, (*known, self.language)) if known else None
+        return (kind.title, self.language) if tag not in known else (self.messages[str(tag)][kind.code], str(tag))
+
     def members(self, problem: Problem, ex: "Exchange") -> dict[str, Any]:
         """The members of the body, in the order in which a reader wants them."""
         correlation = ex.get(Correlation)
         kind = problem.type
-        members: dict[str, Any] = {"type": self.type_uri(kind), "title": kind.title, "status": kind.status}
+        title = self.title(kind, ex.headers.get(b"accept-language", b""))[0] if self.messages else kind.title
+        members: dict[str, Any] = {"type": self.type_uri(kind), "title": title, "status": kind.status}
         if problem.detail is not None:
             members["detail"] = problem.detail
         members["instance"] = (
@@ -233,6 +263,12 @@ class ProblemStyle:
         if b"cache-control" not in own:
             headers.append((b"cache-control", b"no-store"))
         headers.extend(problem.headers)
+        if self.messages:
+            # RFC 9457 section 3.1.3 lets a title be translated; RFC 9110 section 12.5.5 has it said to caches.
+            vary = merge_vary([value for name, value in headers if name == b"vary"], (b"Accept-Language",))
+            spoken = self.title(problem.type, ex.headers.get(b"accept-language", b""))[1].encode("ascii")
+            headers = [pair for pair in headers if pair[0] not in (b"vary", b"content-language")]
+            headers += [(b"content-language", spoken), (b"vary", vary)]
         return Reply(
             status=problem.status, headers=headers, body=body, code=close_code(problem.status), reraise=reraise
         )

@@ -38,6 +38,13 @@ def has_dot_segment(path: str) -> bool:
     return "." in path and not {".", ".."}.isdisjoint(path.removesuffix("\n").split("/"))
 
 
+def below(root: str, path: str) -> str:
+    """The path as the application's router sees it: after `root_path` (ASGI `path` includes it)."""
+    if path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path
+
+
 class Route(NamedTuple):
     """A parsed route: `method` is None for any; a segment is a literal, or None for a parameter."""
 

@@ -2,7 +2,7 @@
 
 Rules, for each policy by itself, as if there were one stack for each:
 
-* Nobody is asked before `websocket.accept` has left the policy outwards.
+* Nobody is asked before `websocket.accept` has left the policy outwards, or after `websocket.close` has.
 * `on_message` sees what the client sends, outermost first. A `Problem` answers it with a message and it goes no further
   in; `Close` ends the connection.
 * `on_check` is asked before the application hears or sends anything once its time has come, and at that time if the
@@ -38,7 +38,7 @@ class Socket:
         self._layers = layers
         self._receive = receive
         self.opened = passing.stack.depth
-        """`websocket.accept` has left the policies from this one inwards."""
+        """`websocket.accept` has left the policies from this one inwards, and no close."""
         self._due = {layer.index: -inf for layer in layers if layer.on_check is not None}
 
     async def receive(self) -> Message:

@@ -9,7 +9,7 @@ its way out passes them from the highest number to the lowest. What must hold, a
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from inspect import isawaitable
@@ -22,11 +22,12 @@ from starlette.websockets import WebSocketDisconnect
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Head, Message, Receive, StreamEndedError
-from sigil_policy.core.host import find_host
+from sigil_policy.core.host import Resolution, find_host
+from sigil_policy.core.marks import Marks, marks_of
 from sigil_policy.core.ordering import PolicyOrderError, check_order, missing_text
 from sigil_policy.core.policy import Answer, EndOfStream, Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem, Reply
-from sigil_policy.core.routing import RouteMatcher
+from sigil_policy.core.routing import RouteMatcher, below
 from sigil_policy.core.socket import Socket
 
 Scope = dict[str, Any]
@@ -39,6 +40,8 @@ _BODY = "http.response.body"
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 _LAST = frozenset((_BODY, "http.response.pathsend", "websocket.close", "websocket.http.response.body"))
 _LONGEST_CHAIN = 100
+_MOST_MARKED = 20_000
+_NO_RULES: Mapping[int, Any] = {}
 _ENDED = "a policy has ended this stream; nothing more is sent"
 _NO_END = "on_chunk returns None, EndOfStream, or an awaitable of one of them, not {}"
 _OVER = frozenset(("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"))
@@ -46,6 +49,21 @@ _PROTOCOL = b"sec-websocket-protocol"
 _HOOKS = (
     "on_request", "around", "on_body", "on_response", "on_chunk", "on_message", "on_check", "on_error", "on_finish",
 )  # fmt: skip
+
+
+class MarksIgnoredError(RuntimeError):
+    """An endpoint carries marks that no policy around it understands: what it asks for would silently not happen."""
+
+    def __init__(self, resolution: Resolution, names: Iterable[str]) -> None:
+        marks = ", ".join(sorted(names))
+        super().__init__(
+            f"the endpoint of {resolution.template} is marked with {marks}, and no policy of the stack understands "
+            "that: mount the policy for it (Scopes, RateLimit, CacheControl, Versioning, Timeout), or take the mark off"
+        )
+
+
+class RouteMismatchError(RuntimeError):
+    """Another endpoint ran than the one that was found before, whose marks were applied."""
 
 
 class _Layer:
@@ -84,6 +102,10 @@ class PolicyStack:
     Options:
         policies: policy instances, outermost first. An empty stack calls the application straight.
         clock: where time comes from (default: the machine's).
+        tags: what the tags of FastAPI's endpoints mean, for those that say nothing else; see `sigil_policy.core.marks`
+            (default: nothing).
+        strict_routes: answer 500 where another endpoint ran than the one that was found before, whose marks were
+            applied (default False: it is logged and counted in `mismatches`).
         finish_timeout: seconds that an awaiting `on_finish` may take; it runs shielded from cancellation (default 5).
 
     Raises `PolicyOrderError` for an order that cannot work, `TypeError` and `ValueError` for wrong options.
@@ -95,6 +117,8 @@ class PolicyStack:
         policies: Iterable[Policy] = (),
         *,
         clock: Clock = SYSTEM_CLOCK,
+        tags: Mapping[str, Marks] | None = None,
+        strict_routes: bool = False,
         finish_timeout: float = 5.0,
     ) -> None:
         given = list(policies)
@@ -108,7 +132,13 @@ class PolicyStack:
             raise ValueError(f"finish_timeout must be a number of seconds above 0, not {finish_timeout!r}")
         # A place in a stack is an object of its own: two equal policies never share notes.
         placed = tuple(copy(policy) for policy in given)
+        meanings = dict(tags or {})
+        for tag, marks in meanings.items():
+            if not isinstance(marks, Marks):
+                raise TypeError(f"tag {tag!r} takes policy(...), not {type(marks).__name__}")
+        strict = strict_routes
         if isinstance(app, PolicyStack):
+            meanings, strict = {**app.tags, **meanings}, strict or app.strict_routes
             placed, app = placed + app.policies, app.app
         self.app: App = app
         self.policies: tuple[Policy, ...] = placed
@@ -116,7 +146,11 @@ class PolicyStack:
         self.finish_timeout = finish_timeout
         self.gives = frozenset(fact for policy in placed for fact in policy.gives)
         self.missing = check_order(placed)
+        self.tags: Mapping[str, Marks] = meanings
+        self.strict_routes: bool = strict
+        self.mismatches = 0
         self.host = find_host(app)
+        self.host.tag(meanings)
         self.host.bind(placed)
         self._compile()
 
@@ -147,6 +181,9 @@ class PolicyStack:
         self.watchers = tuple(layer for layer in layers if layer.on_message or layer.on_check)
         tables = {id(policy): rules for policy in self.policies if (rules := policy.rules())}
         self.matcher = RouteMatcher(tables) if tables else None
+        inner = tuple(self.host.inner_policies())
+        self.understood = frozenset(name for policy in (*self.policies, *inner) for name in policy.marks)
+        self.marked: dict[Any, Any] = {}
         self.resources = [resource for policy in self.policies for resource in policy.resources()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,8 +207,9 @@ class PolicyStack:
                 self._join(ex, scope)
             else:
                 ex._given = self.gives  # noqa: SLF001
-            if self.matcher is not None:
-                self._match(self.matcher, ex, scope)
+            passing.marked = self.host.marked()
+            if self.matcher is not None or passing.marked:
+                self._match(ex, scope, passing.marked)
             for origin, on_request, around in self.entries:
                 if on_request is not None:
                     answer = on_request(ex)
@@ -226,23 +264,82 @@ class PolicyStack:
         ex._given = given | self.gives  # noqa: SLF001
         ex._scope = scope  # noqa: SLF001  a mount gives its application a copy
 
-    def _match(self, matcher: RouteMatcher, ex: Exchange, scope: Scope) -> None:
-        path = scope["path"]
-        root = self.host.root_path or scope.get("root_path")
-        found = matcher.match(ex.method, _below(root, path) if root else path)
+    def _match(self, ex: Exchange, scope: Scope, marked: bool) -> None:
+        found: Any = _NO_RULES
+        if self.matcher is not None:
+            path = scope["path"]
+            root = self.host.root_path or scope.get("root_path")
+            found = self.matcher.match(ex.method, below(root, path) if root else path)
+        if marked:
+            resolution = ex._resolution = ex._resolution or self.host.find(scope)  # noqa: SLF001
+            if resolution is not None and resolution.marks is not None:
+                found = self._marked(found, resolution, resolution.marks, ex)
         ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
 
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outside: frozenset[type] = scope.get(SCOPE_KEY) or frozenset()
-        missing = self.missing - outside
-        if missing:
-            await receive()
-            await send({"type": "lifespan.startup.failed", "message": missing_text(self.policies, missing)})
+    def _marked(
+        self, found: Mapping[int, Any], resolution: Resolution, marks: Marks, ex: Exchange
+    ) -> Mapping[int, Any]:
+        """What the tables have found, with what the endpoint says of itself where they say nothing."""
+        ex._understood |= self.understood  # noqa: SLF001
+        if not resolution.behind and not resolution.own <= ex._understood:  # noqa: SLF001
+            raise MarksIgnoredError(resolution, resolution.own - ex._understood)  # noqa: SLF001
+        # The matcher hands out the same mapping for the same rules.
+        key = (id(found), resolution)
+        rules = self.marked.get(key)
+        if rules is None:
+            if len(self.marked) > _MOST_MARKED:
+                self.marked.clear()
+            rules = self.marked[key] = dict(found)
+            for policy in self.policies:
+                if policy.marks:
+                    rule = policy.marked(marks, found.get(id(policy)), resolution)
+                    if rule is not None:
+                        rules[id(policy)] = rule
+        return rules
+
+    def confirm(self, ex: Exchange) -> None:
+        """The application begins to answer: was it the endpoint whose marks were applied?"""
+        endpoint = ex.scope.get("endpoint")
+        if endpoint is None:
             return
+        resolution = ex._resolution  # noqa: SLF001
+        expected = None if resolution is None else resolution.endpoint
+        if (
+            endpoint is not expected
+            and endpoint != expected
+            and (expected is not None or marks_of(endpoint, ex.method))
+        ):
+            self.mismatches += 1
+            logger.error("%s was served by %r, but policies were chosen for %r", ex.method, endpoint, expected)
+            if self.strict_routes:
+                raise RouteMismatchError(f"another endpoint ran than the one that was found before: {endpoint!r}")
+        elif resolution is not None and not resolution.own <= ex._understood:  # noqa: SLF001
+            raise MarksIgnoredError(resolution, resolution.own - ex._understood)  # noqa: SLF001
+
+    def unserved(self, outside: Iterable[str] = ()) -> list[str]:
+        """For each endpoint that carries marks which nobody here understands, a sentence that says what to mount."""
+        known = self.understood.union(outside)
+        return [
+            str(MarksIgnoredError(resolution, resolution.own - known))
+            for resolution in self.host.endpoints()
+            if not resolution.behind and not resolution.own <= known
+        ]
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # What stacks outside give, and, as text, which marks they understand.
+        outside: frozenset[Any] = scope.get(SCOPE_KEY) or frozenset()
+        missing = self.missing - outside
+        complaints = [missing_text(self.policies, missing)] if missing else self._complaints(outside)
+        if complaints:
+            text = "; ".join(complaints[:10])
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": text})
+            # As Starlette does: who drives an application in a test would wait for it otherwise.
+            raise PolicyOrderError(text) if missing else RuntimeError(text)
         if not self.policies:
             await self.app(scope, receive, send)
             return
-        scope[SCOPE_KEY] = outside | self.gives
+        scope[SCOPE_KEY] = outside | self.gives | self.understood
         if not self.resources:
             await self.app(scope, receive, send)
             return
@@ -253,6 +350,18 @@ class PolicyStack:
             await send(message)
 
         await self.app(scope, receive, send_after_closing)
+
+    def _complaints(self, outside: frozenset[Any]) -> list[str]:
+        """What is wrong with the marks of the application."""
+        complaints = self.unserved(name for name in outside if isinstance(name, str))
+        for resolution in self.host.endpoints():
+            for policy in self.policies:
+                if resolution.marks is not None and policy.marks:
+                    try:
+                        policy.marked(resolution.marks, None, resolution)
+                    except (TypeError, ValueError) as error:
+                        complaints.append(f"{resolution.template}: {error}")
+        return complaints
 
     async def aclose(self) -> None:
         """Close what the policies own; the lifespan does it where the server sends one. May be called again."""
@@ -338,6 +447,7 @@ class _Pass:
         "flowing",
         "held",
         "left",
+        "marked",
         "outermost",
         "scope",
         "send",
@@ -362,6 +472,8 @@ class _Pass:
         self.flowing = False
         self.arounds = _NO_AROUNDS
         self.socket: Socket | None = None
+        # Endpoints say things of themselves: the one that runs has to be the one that was asked.
+        self.marked = False
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -408,6 +520,8 @@ class _Pass:
                     ex.last_byte = ex.clock.monotonic()
         elif kind == "http.response.start":
             self.flowing = False
+            if self.marked and self.outermost:
+                self.stack.confirm(ex)
             if self.stack.starts[-1]:
                 head = Head(message["status"], message.get("headers") or ())
                 holder = self._decorate(message, head, self.stack.depth, -1)
@@ -425,6 +539,8 @@ class _Pass:
                 self._lost()
                 raise
         else:
+            if kind == "websocket.accept" and self.marked and self.outermost:
+                self.stack.confirm(ex)
             await self.carry(message, self.stack.depth)
 
     async def _complete(self, message: Message) -> None:
@@ -533,6 +649,8 @@ class _Pass:
                     waiting.append((message, level, None, -1))
                 elif kind == "websocket.close":
                     self.left = 0
+                    if self.socket is not None:
+                        self.socket.opened = stack.depth
                 elif self.socket is not None:
                     await self.socket.check(level)
             if through:
@@ -824,10 +942,3 @@ async def _settled(answer: Any) -> Answer:
         if answer is None or isinstance(answer, Problem | Reply):
             return answer
     raise TypeError(f"a hook answers with None, a Problem or a Reply, not with {type(answer).__name__}")
-
-
-def _below(root: str, path: str) -> str:
-    """The path as the application's router sees it: after `root_path` (ASGI `path` includes it)."""
-    if path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-        return path[len(root) :]
-    return path

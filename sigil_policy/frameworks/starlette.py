@@ -11,7 +11,7 @@ FastAPI is never imported from here; what is needed of it is looked up only wher
 
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sigil_policy.core.exchange import SCOPE_KEY, Exchange
-from sigil_policy.core.host import Host
+from sigil_policy.core.host import Host, Resolution
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Problem, Reply
+from sigil_policy.core.routing import below
+from sigil_policy.core.stack import PolicyStack
+from sigil_policy.frameworks.routes import RouteIndex
 from sigil_policy.policies.problems import Problems, from_http_error, from_validation_errors
 
 logger = logging.getLogger("sigil_policy")
@@ -48,6 +52,28 @@ class StarletteHost(Host):
         # `FastAPI(root_path=...)` takes it off the path behind a stack that is around the whole application.
         roots = (getattr(inner, "root_path", "") for inner in _chain(app) if isinstance(inner, Starlette))
         self.root_path = next((root for root in roots if root), "")
+        self.index = RouteIndex(app)
+
+    def marked(self) -> bool:
+        return self.index.marked
+
+    def find(self, scope: dict[str, Any]) -> Resolution | None:
+        path, root = scope["path"], scope.get("root_path") or ""
+        if self.root_path and self.root_path != root:
+            root = self.root_path
+            scope = {**scope, "root_path": root}
+        return self.index.find(scope, below(root, path) if root else path)
+
+    def endpoints(self) -> Iterable[Resolution]:
+        return self.index.all()
+
+    def tag(self, tags: Mapping[str, Marks]) -> None:
+        self.index.tag(tags)
+
+    def inner_policies(self) -> Iterator[Policy]:
+        for inner in _chain(self.app):
+            if isinstance(inner, PolicyStack):
+                yield from inner.policies
 
     def bind(self, policies: Sequence[Policy]) -> None:
         for policy in policies:

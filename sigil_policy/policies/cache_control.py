@@ -27,13 +27,15 @@ RFC 9111; RFC 9110 section 12.5.5 (Vary).
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.host import Resolution
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.routing import parse_route
 from sigil_policy.wire.caching import (
@@ -102,6 +104,7 @@ class CacheControl(Policy):
     api_key_header: Annotated[str, Field(min_length=1)] = "X-API-Key"
 
     reads = (Principal,)
+    marks: ClassVar[frozenset[str]] = frozenset(("cache",))
 
     @field_validator("routes")
     @classmethod
@@ -148,19 +151,26 @@ class CacheControl(Policy):
         return _Lines(None, _pair(self.authenticated), b"", field_name(self.api_key_header))
 
     def rules(self) -> Mapping[str, _Lines]:
-        compiled = {}
-        for route, given in self.routes.items():
-            rule = CacheRule(given) if isinstance(given, str) else given
-            directives = parse_cache_control(rule.value)
-            personal = directives if rule.dangerously_share_authenticated else made_private(directives)
-            vary = merge_vary((), map(field_name, rule.vary))
-            compiled[route] = _Lines(
-                (b"cache-control", format_cache_control(directives)),
-                (b"cache-control", format_cache_control(personal)),
-                vary,
-                merge_vary((vary,), (self._unruled.vary_with_key,)),
-            )
-        return compiled
+        return {route: self._lines(given) for route, given in self.routes.items()}
+
+    def _lines(self, given: str | CacheRule) -> _Lines:
+        rule = CacheRule(given) if isinstance(given, str) else given
+        directives = parse_cache_control(rule.value)
+        personal = directives if rule.dangerously_share_authenticated else made_private(directives)
+        vary = merge_vary((), map(field_name, rule.vary))
+        return _Lines(
+            (b"cache-control", format_cache_control(directives)),
+            (b"cache-control", format_cache_control(personal)),
+            vary,
+            merge_vary((vary,), (self._unruled.vary_with_key,)),
+        )
+
+    def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
+        if rule is not None or marks.cache is None:
+            return rule
+        if not isinstance(marks.cache, str | CacheRule):
+            raise ValueError(f"cache= takes a Cache-Control value or a CacheRule, not {type(marks.cache).__name__}")
+        return self._lines(marks.cache)
 
     def on_response(self, ex: Exchange, head: Head) -> None:
         status = head.status

@@ -31,13 +31,15 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from functools import cached_property
 from math import inf
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from sigil_policy.core.catalogue import VERSION_RETIRED
 from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.host import Resolution
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import parse_route
@@ -201,6 +203,8 @@ class Versioning(Policy):
     RFC 9745, RFC 8594, RFC 5829.
     """
 
+    marks: ClassVar[frozenset[str]] = frozenset(("deprecated",))
+
     versions: Mapping[str, Version] = Field(default_factory=dict)
     routes: Mapping[str, Version] = Field(default_factory=dict)
     prefix: str = ""
@@ -310,6 +314,19 @@ class Versioning(Policy):
 
     def rules(self) -> Mapping[str, _Notice | None]:
         return self._table
+
+    @cached_property
+    def _of_routes(self) -> frozenset[int]:
+        """The notices of single routes, by identity: stronger than what an endpoint says, and versions are weaker."""
+        return frozenset(id(self._table[route]) for route in self.routes)
+
+    def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
+        if marks.deprecated is None or (rule is not None and id(rule) in self._of_routes):
+            return rule
+        if not isinstance(marks.deprecated, Version):
+            raise ValueError(f"deprecated= takes a Deprecation(...), not {type(marks.deprecated).__name__}")
+        route = resolution.template or "/"
+        return self._notice(route, marks.deprecated, "This operation", f"endpoint of {route!r}")
 
     def on_request(self, ex: Exchange) -> Problem | None:
         notice: _Notice | None = ex.rule(self)

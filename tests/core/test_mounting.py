@@ -517,9 +517,9 @@ def test_wrong_options_of_a_stack_fail_at_construction(options: Any, error: Any,
         PolicyStack(**{"app": ok, **options})
 
 
-async def lifespan(app: Any, *incoming: str) -> list[Any]:
+async def lifespan(app: Any, *incoming: str, out: list[Any] | None = None) -> list[Any]:
     """What `app` answers to these lifespan events."""
-    out: list[Any] = []
+    out = [] if out is None else out
     waiting = iter(incoming)
 
     async def receive() -> Any:
@@ -541,7 +541,10 @@ async def test_an_unfused_stack_without_its_fact_fails_the_startup(foreign: Any)
         started.append(scope["type"])
 
     stack = PolicyStack(foreign(PolicyStack(app, [Needs()])), [Mark(name="outer")])
-    (failed,) = await lifespan(stack, "startup")
+    out: list[Any] = []
+    with pytest.raises(PolicyOrderError):
+        await lifespan(stack, "startup", out=out)
+    (failed,) = out
     assert failed["type"] == "lifespan.startup.failed"
     assert "Needs needs a Badge" in failed["message"]
     assert "mount a policy that gives Badge" in failed["message"]

@@ -197,7 +197,8 @@ class Layer:
             if self.ex._ended:
                 return
             self.left = self.left or kind == "websocket.close"
-            if kind != "websocket.close" and await self.check():
+            self.opened = self.opened and kind != "websocket.close"
+            if await self.check():
                 raise StreamEndedError
             await self.outward(message)
 

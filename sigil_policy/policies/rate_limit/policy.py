@@ -67,6 +67,8 @@ from sigil_policy.core.catalogue import (
 )
 from sigil_policy.core.exchange import Exchange, Head, Message
 from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage
+from sigil_policy.core.host import Resolution
+from sigil_policy.core.marks import Marks
 from sigil_policy.core.policy import OVER_LIMIT, Answer, Closable, Close, EndOfStream, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
@@ -98,15 +100,21 @@ _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 class _Rule:
     """What the tables say about one route."""
 
-    __slots__ = ("cost", "tokens")
+    __slots__ = ("cost", "limit", "said", "tokens")
 
-    def __init__(self, cost: int, tokens: TokenRule | None) -> None:
-        self.cost = cost
+    def __init__(
+        self, cost: int | None, tokens: TokenRule | None = None, limit: "tuple[str, Tier, Plan] | None" = None
+    ) -> None:
+        self.cost = 1 if cost is None else cost
+        self.said = cost is not None
         self.tokens = tokens
+        # Of the route alone: its name, and what each caller may do there.
+        self.limit = limit
 
 
-_EXEMPT = _Rule(0, None)
-_PLAIN = _Rule(1, None)
+_EXEMPT = _Rule(0)
+_PLAIN = _Rule(None)
+_ROUTE = "route"
 
 
 class RateLimit(Policy):
@@ -125,9 +133,12 @@ class RateLimit(Policy):
         key: who counts as one caller: `by_principal` (default), `by_address`, or a function from the exchange to a
             name, or to None for the client's address. A principal's own name is `ex.principal.key`.
         costs: route to how many requests one request counts as (default 1). 0 counts nothing, and is never refused.
-            One that is over a window's limit takes the whole window.
+            One that is over a window's limit takes the whole window. Endpoints may say `cost` and `limit` themselves;
+            see `sigil_policy.core.marks`.
+        limits: route to what each caller may do there, beside its tier: a `Tier`, or a string of request limits
+            (default none). A rule that covers several routes counts them together.
         tokens: route to `TokenRule`, or to an estimate. Only these routes are gated by the token windows.
-        exempt: routes that are not counted. The most specific route of the three tables wins; where no rule covers
+        exempt: routes that are not counted. The most specific route of the four tables wins; where no rule covers
             the other, write the overlap out.
         trusted_proxies: networks of proxies, and "unix" for one on a unix socket, whose `X-Forwarded-For` is believed
             (default none). A server that rewrites the client's address itself needs none here.
@@ -166,12 +177,14 @@ class RateLimit(Policy):
 
     reads: ClassVar[tuple[type, ...]] = (Principal, Public)
     gives: ClassVar[tuple[type, ...]] = (Quota,)
+    marks: ClassVar[frozenset[str]] = frozenset(("cost", "limit"))
 
     tiers: Mapping[str, Tier | str] = Field(default_factory=lambda: dict(GUIDELINE_TIERS))
     default_tier: str = "free"
     anonymous_tier: str = "free"
     key: Key = by_principal
     costs: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    limits: Mapping[str, Tier | str] = Field(default_factory=dict)
     tokens: Mapping[str, TokenRule | Annotated[int, Field(ge=0, le=LARGEST)]] = Field(default_factory=dict)
     exempt: Listed[str] = ()
     trusted_proxies: TrustedProxies = ()
@@ -222,8 +235,8 @@ class RateLimit(Policy):
         self._names_differ()
         self._estimates_fit()
         for route in self.exempt:
-            if route in self.costs or route in self.tokens:
-                raise ValueError(f"route {route!r} is exempt and has a cost or a token rule; keep one of them")
+            if route in self.costs or route in self.tokens or route in self.limits:
+                raise ValueError(f"route {route!r} is exempt and has a cost, a limit or a token rule; keep one of them")
         methods = ("prepare", "admit", "extend", "settle", "charge")
         if not all(callable(getattr(self.counters, method, None)) for method in methods):
             raise ValueError(
@@ -259,6 +272,10 @@ class RateLimit(Policy):
         own_names = {window.name for row in cast("Mapping[str, Tier]", self.tiers).values() for window in row.windows}
         taken = dict.fromkeys(own_names, "a tier")
         for level in self.levels:
+            if level.name == _ROUTE:
+                raise ValueError(
+                    f"level {_ROUTE!r} has the name that limits= and marked endpoints use; call it something else"
+                )
             mine = {f"{level.name}-{window.name}" for row in level.rows.values() for window in row.windows}
             for name in mine & taken.keys():
                 raise ValueError(
@@ -362,9 +379,10 @@ class RateLimit(Policy):
         tokens = {
             r: rule if isinstance(rule, TokenRule) else TokenRule(estimate=rule) for r, rule in self.tokens.items()
         }
-        named = (*self.costs, *tokens, *self.exempt)
+        limits = {route: self._own_limit(route, limits) for route, limits in self.limits.items()}
+        named = (*self.costs, *limits, *tokens, *self.exempt)
         kinds = {route: route in self.exempt for route in named}
-        matcher = RouteMatcher({0: self.costs, 1: tokens, 2: kinds})
+        matcher = RouteMatcher({0: self.costs, 1: tokens, 2: kinds, 3: limits})
         parsed = [parse_route(route) for route in named]
         methods = {route.method for route in parsed} - {None}
         deepest = max((len(route.segments) for route in parsed), default=0)
@@ -375,9 +393,28 @@ class RateLimit(Policy):
             probe = path + "/**" * (deepest + 1 if route.tail else 0)
             for method in {route.method} if route.method else {None, *methods}:
                 found = matcher.match(method or "", probe)
-                rule = _EXEMPT if found.get(2) else _Rule(found.get(0, 1), found.get(1))
+                rule = _EXEMPT if found.get(2) else _Rule(found.get(0), found.get(1), found.get(3))
                 table[(f"{method} " if method else "") + path.rstrip("/") + ("/**" if route.tail else "") or "/"] = rule
         return table
+
+    def _own_limit(self, name: str, limits: Tier | str) -> tuple[str, Tier, Plan]:
+        row = tier(limits)
+        plan = self._plan(_ROUTE, row, f"@{_ROUTE} {name}")
+        self.counters.prepare(plan)
+        return name, row, plan
+
+    def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
+        if rule is _EXEMPT or (marks.cost is None and marks.limit is None):
+            return rule
+        table: _Rule = rule or _PLAIN
+        limit = table.limit
+        if limit is None and marks.limit is not None:
+            if not isinstance(marks.limit, str | Tier):
+                raise ValueError(f"limit= takes a string like '10/minute', or a Tier, not {type(marks.limit).__name__}")
+            limit = self._own_limit(resolution.name, marks.limit)
+            if limit[2].tokens and not self._budgeted:
+                raise ValueError("limit= has a token budget, and RateLimit knows none; give its tiers one")
+        return _Rule(table.cost if table.said else marks.cost, table.tokens, limit)
 
     def resources(self) -> Iterable[Closable]:
         return (cast("Closable", self.counters),) if hasattr(self.counters, "aclose") else ()
@@ -389,10 +426,10 @@ class RateLimit(Policy):
             return None
         if ex.method == "OPTIONS" and is_preflight(ex):
             return None
-        rule: _Rule | None = ex.rule(self) if self._ruled else None
+        rule: _Rule | None = ex.rule(self)
         if rule is _EXEMPT:
             return None
-        face, key = self._counted(ex)
+        face, key = self._counted(ex, rule)
         if rule is None:
             decision = self._admit(key, face.plan, 1, None, ex.clock.time())
             if type(decision) is not Decision:
@@ -404,7 +441,7 @@ class RateLimit(Policy):
             return None
         return self._weigh(ex, face, key, rule)
 
-    def _counted(self, ex: Exchange) -> tuple[Face, Any]:
+    def _counted(self, ex: Exchange, rule: _Rule | None) -> tuple[Face, Any]:
         """Who is counted: the face and the name, or the names of the caller and its levels."""
         principal = ex.principal
         face = self._faces.get(None if principal is None else principal.tier)
@@ -419,7 +456,8 @@ class RateLimit(Policy):
             name = bounded(name)
         if self.name is not None:
             name = f"{self.name} {name}"
-        return self._levelled(ex, face, name) if self.levels else (face, name)
+        limit = None if rule is None else rule.limit
+        return self._levelled(ex, face, name, limit) if self.levels or limit is not None else (face, name)
 
     def _weigh(self, ex: Exchange, face: Face, key: Any, rule: _Rule) -> Answer | Awaitable[Answer]:
         """Decide with the tokens that `rule` reserves."""
@@ -506,8 +544,8 @@ class RateLimit(Policy):
                 if not isinstance(settled, tuple):
                     await self._settle(ex, last, used, settled)
             accounted = last.used or accounted
-        rule: _Rule = (ex.rule(self) if self._ruled else None) or _PLAIN
-        answer = self._weigh(ex, *self._counted(ex), _Rule(self.message_cost, rule.tokens))
+        rule: _Rule = ex.rule(self) or _PLAIN
+        answer = self._weigh(ex, *self._counted(ex, rule), _Rule(self.message_cost, rule.tokens))
         if isinstance(answer, Awaitable):
             answer = await answer
         if isinstance(answer, Problem):
@@ -662,13 +700,11 @@ class RateLimit(Policy):
         return self.key not in (by_principal, by_address)
 
     @cached_property
-    def _ruled(self) -> bool:
-        return bool(self.costs or self.tokens or self.exempt)
-
-    @cached_property
     def _budgeted(self) -> bool:
-        return any(face.budgets for face in self._faces.values()) or any(
-            plan.tokens for rows in self._level_plans for plan in rows.values()
+        return (
+            any(face.budgets for face in self._faces.values())
+            or any(plan.tokens for rows in self._level_plans for plan in rows.values())
+            or any(w.unit != "requests" for limits in self.limits.values() for w in tier(limits).windows)
         )
 
     @cached_property
@@ -682,11 +718,14 @@ class RateLimit(Policy):
             logger.warning("rate_limit_tier_unknown", tier=None if tier is None else tier[:64], used=self.default_tier)
         return self._faces[self.default_tier]
 
-    def _levelled(self, ex: Exchange, face: Face, name: str) -> tuple[Face, Any]:
-        """The face and the keys of a caller with the levels above it."""
+    def _levelled(self, ex: Exchange, face: Face, name: str, limit: tuple[str, Tier, Plan] | None) -> tuple[Face, Any]:
+        """The face and the keys of a caller with what holds for it on this route alone, and the levels above it."""
         keys = [name]
         rows: list[Any] = [face]
         prefix = "" if self.name is None else f"{self.name} "
+        if limit is not None:
+            rows.append((_ROUTE, limit[2]))
+            keys.append(f"{prefix}@{_ROUTE} {bounded(f'{len(limit[0])} {limit[0]} {name}')}")
         for level, plans in zip(self.levels, self._level_plans, strict=True):
             shared = level.key(ex)
             if shared is None:
