@@ -15,7 +15,12 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
     "stack": {"ratio_to_base_http": ("<=", 0.25), "ratio_peers": (">=", 15)},
     "stream": {"fused_us": ("<=", 0.4)},
     "limits": {"admit_us": ("<=", 3), "ratio_1000000_to_1000": ("<=", 1.5), "bytes_per_caller": ("<=", 400)},
-    "auth": {"cached_us": ("<=", 2), "forged_80k_us": ("<=", 10)},
+    "auth": {
+        "cached_us": ("<=", 2),
+        "forged_80k_us": ("<=", 10),
+        "verify_to_pyjwt_most": ("<=", 1.1),
+        "refresh_stall_ms": ("<=", 1),
+    },
     "log": {"event_us": ("<=", 8)},
     "routes": {"ratio": ("<=", 1.5)},
     "stores": {

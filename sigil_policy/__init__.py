@@ -4,10 +4,10 @@
 
     app.add_middleware(PolicyStack, policies=[RequestID(), AccessLog(), Problems()])    # outermost first
 
-Policies: `RequestID`, `AccessLog`, `Problems`, `Versioning`, `BearerAuth`, `ApiKeyAuth`, `Scopes`,
-`ConcurrencyLimit`, `RateLimit`, `CacheControl`, `Conditional`; each also as a middleware of its own
-(`RequestIDMiddleware`, ...). Your own policy is a subclass of `Policy`. Names load on first use: importing the package
-imports nothing that you do not use.
+Policies: `RequestID`, `AccessLog`, `Problems`, `Versioning`, `Timeout`, `BearerAuth`, `ApiKeyAuth`, `Scopes`,
+`ConcurrencyLimit`, `RateLimit`, `CacheControl`, `Conditional` and more; each also as a middleware of its own
+(`RequestIDMiddleware`, ...). Your own policy is a subclass of `Policy`. Endpoints say what they take with
+`@policy(...)`. Names load on first use: importing the package imports nothing that you do not use.
 """
 
 from importlib import import_module
@@ -22,19 +22,25 @@ if TYPE_CHECKING:
     from sigil_policy.core.exchange import get_exchange as get_exchange
     from sigil_policy.core.exchange import report_tokens as report_tokens
     from sigil_policy.core.facts import Correlation as Correlation
+    from sigil_policy.core.facts import Cosigners as Cosigners
     from sigil_policy.core.facts import Principal as Principal
     from sigil_policy.core.facts import Public as Public
     from sigil_policy.core.facts import Quota as Quota
     from sigil_policy.core.facts import TokenUsage as TokenUsage
     from sigil_policy.core.facts import WindowState as WindowState
+    from sigil_policy.core.marks import Marks as Marks
+    from sigil_policy.core.marks import policy as policy
     from sigil_policy.core.ordering import PolicyOrderError as PolicyOrderError
+    from sigil_policy.core.policy import Close as Close
     from sigil_policy.core.policy import EndOfStream as EndOfStream
     from sigil_policy.core.policy import Policy as Policy
     from sigil_policy.core.problems import Problem as Problem
     from sigil_policy.core.problems import ProblemType as ProblemType
     from sigil_policy.core.problems import Reply as Reply
     from sigil_policy.core.problems import registered_types as registered_types
+    from sigil_policy.core.stack import MarksIgnoredError as MarksIgnoredError
     from sigil_policy.core.stack import PolicyStack as PolicyStack
+    from sigil_policy.core.stack import RouteMismatchError as RouteMismatchError
     from sigil_policy.identity.api_keys import ApiKeyLedger as ApiKeyLedger
     from sigil_policy.identity.api_keys import ApiKeyRecord as ApiKeyRecord
     from sigil_policy.identity.api_keys import ApiKeys as ApiKeys
@@ -51,11 +57,21 @@ if TYPE_CHECKING:
     from sigil_policy.identity.callers import by_claim as by_claim
     from sigil_policy.identity.callers import by_principal as by_principal
     from sigil_policy.identity.callers import by_subject as by_subject
+    from sigil_policy.identity.client_certificates import ClientCertificate as ClientCertificate
+    from sigil_policy.identity.dpop import DPoP as DPoP
+    from sigil_policy.identity.introspection import Introspection as Introspection
     from sigil_policy.identity.issuers import Issuer as Issuer
     from sigil_policy.identity.key_sets import KeySet as KeySet
     from sigil_policy.identity.key_sets import KeysUnavailableError as KeysUnavailableError
     from sigil_policy.identity.keys import Key as Key
+    from sigil_policy.identity.requirements import AllOf as AllOf
+    from sigil_policy.identity.requirements import AnyOf as AnyOf
+    from sigil_policy.identity.requirements import Both as Both
+    from sigil_policy.identity.requirements import Either as Either
+    from sigil_policy.identity.requirements import FromApiKey as FromApiKey
+    from sigil_policy.identity.requirements import FromIssuer as FromIssuer
     from sigil_policy.middleware import AccessLogMiddleware as AccessLogMiddleware
+    from sigil_policy.middleware import AllowedOriginsMiddleware as AllowedOriginsMiddleware
     from sigil_policy.middleware import ApiKeyAuthMiddleware as ApiKeyAuthMiddleware
     from sigil_policy.middleware import AuthFailureLimitMiddleware as AuthFailureLimitMiddleware
     from sigil_policy.middleware import BearerAuthMiddleware as BearerAuthMiddleware
@@ -70,7 +86,10 @@ if TYPE_CHECKING:
     from sigil_policy.middleware import RequestIDMiddleware as RequestIDMiddleware
     from sigil_policy.middleware import RevocationMiddleware as RevocationMiddleware
     from sigil_policy.middleware import ScopesMiddleware as ScopesMiddleware
+    from sigil_policy.middleware import TimeoutMiddleware as TimeoutMiddleware
     from sigil_policy.middleware import VersioningMiddleware as VersioningMiddleware
+    from sigil_policy.middleware import WebSocketTicketAuthMiddleware as WebSocketTicketAuthMiddleware
+    from sigil_policy.middleware import WebSocketTicketsMiddleware as WebSocketTicketsMiddleware
     from sigil_policy.middleware import as_middleware as as_middleware
     from sigil_policy.policies.access_log import AccessLog as AccessLog
     from sigil_policy.policies.access_log import by_outcome as by_outcome
@@ -84,6 +103,7 @@ if TYPE_CHECKING:
     from sigil_policy.policies.mcp import McpCall as McpCall
     from sigil_policy.policies.mcp import McpEndpoint as McpEndpoint
     from sigil_policy.policies.mcp import McpTools as McpTools
+    from sigil_policy.policies.origins import AllowedOrigins as AllowedOrigins
     from sigil_policy.policies.problems import Problems as Problems
     from sigil_policy.policies.protected_resource import ProtectedResource as ProtectedResource
     from sigil_policy.policies.protected_resource import ProtectedResourceMetadata as ProtectedResourceMetadata
@@ -93,22 +113,27 @@ if TYPE_CHECKING:
     from sigil_policy.policies.rate_limit import TokenRule as TokenRule
     from sigil_policy.policies.request_id import RequestID as RequestID
     from sigil_policy.policies.revocation import Revocation as Revocation
-    from sigil_policy.policies.scopes import AllOf as AllOf
-    from sigil_policy.policies.scopes import AnyOf as AnyOf
     from sigil_policy.policies.scopes import Scopes as Scopes
+    from sigil_policy.policies.timeout import Timeout as Timeout
     from sigil_policy.policies.versioning import Deprecation as Deprecation
     from sigil_policy.policies.versioning import Version as Version
     from sigil_policy.policies.versioning import Versioning as Versioning
+    from sigil_policy.policies.websocket_tickets import WebSocketTicketAuth as WebSocketTicketAuth
+    from sigil_policy.policies.websocket_tickets import WebSocketTickets as WebSocketTickets
     from sigil_policy.stores.adapter import LimitsStorage as LimitsStorage
     from sigil_policy.stores.limits import LimitStore as LimitStore
     from sigil_policy.stores.limits import StoreUnavailableError as StoreUnavailableError
     from sigil_policy.stores.memory import memory_limits as memory_limits
     from sigil_policy.stores.redis import RedisLimits as RedisLimits
+    from sigil_policy.stores.redis import RedisReplays as RedisReplays
     from sigil_policy.stores.redis import RedisRevocations as RedisRevocations
     from sigil_policy.stores.redis import RedisSlots as RedisSlots
+    from sigil_policy.stores.redis import RedisTickets as RedisTickets
+    from sigil_policy.stores.replays import MemoryReplays as MemoryReplays
     from sigil_policy.stores.revocations import MemoryRevocations as MemoryRevocations
     from sigil_policy.stores.shares import QuotaShares as QuotaShares
     from sigil_policy.stores.slots import SlotStore as SlotStore
+    from sigil_policy.stores.tickets import MemoryTickets as MemoryTickets
     from sigil_policy.telemetry.logs import CorrelationFilter as CorrelationFilter
     from sigil_policy.telemetry.logs import JSONLines as JSONLines
     from sigil_policy.telemetry.logs import add_correlation as add_correlation
@@ -120,16 +145,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "core.clock": ("Clock",),
     "core.exchange": ("Exchange", "Head", "StreamEndedError", "current_exchange", "get_exchange", "report_tokens"),
-    "core.facts": ("Correlation", "Principal", "Public", "Quota", "TokenUsage", "WindowState"),
+    "core.facts": ("Correlation", "Cosigners", "Principal", "Public", "Quota", "TokenUsage", "WindowState"),
+    "core.marks": ("Marks", "policy"),
     "core.ordering": ("PolicyOrderError",),
-    "core.policy": ("EndOfStream", "Policy"),
+    "core.policy": ("Close", "EndOfStream", "Policy"),
     "core.problems": ("Problem", "ProblemType", "Reply", "registered_types"),
-    "core.stack": ("PolicyStack",),
+    "core.stack": ("MarksIgnoredError", "PolicyStack", "RouteMismatchError"),
     "identity.api_keys": (
         "ApiKeyLedger",
         "ApiKeyRecord",
-        "ApiKeyStore",
         "ApiKeys",
+        "ApiKeyStore",
         "FileApiKeyStore",
         "MemoryApiKeyStore",
         "RemoteApiKeyStore",
@@ -140,11 +166,16 @@ _HOMES = {
     "identity.api_keys.redis": ("RedisApiKeyStore",),
     "identity.api_keys.sqlite": ("SqliteApiKeyStore",),
     "identity.callers": ("by_address", "by_claim", "by_principal", "by_subject"),
+    "identity.client_certificates": ("ClientCertificate",),
+    "identity.dpop": ("DPoP",),
+    "identity.introspection": ("Introspection",),
     "identity.issuers": ("Issuer",),
     "identity.key_sets": ("KeySet", "KeysUnavailableError"),
     "identity.keys": ("Key",),
+    "identity.requirements": ("AllOf", "AnyOf", "Both", "Either", "FromApiKey", "FromIssuer"),
     "middleware": (
         "AccessLogMiddleware",
+        "AllowedOriginsMiddleware",
         "ApiKeyAuthMiddleware",
         "AuthFailureLimitMiddleware",
         "BearerAuthMiddleware",
@@ -159,31 +190,39 @@ _HOMES = {
         "RequestIDMiddleware",
         "RevocationMiddleware",
         "ScopesMiddleware",
+        "TimeoutMiddleware",
         "VersioningMiddleware",
+        "WebSocketTicketAuthMiddleware",
+        "WebSocketTicketsMiddleware",
         "as_middleware",
     ),
     "policies.access_log": ("AccessLog", "by_outcome"),
-    "policies.auth_failures": ("AuthFailureLimit",),
     "policies.api_key": ("ApiKeyAuth",),
+    "policies.auth_failures": ("AuthFailureLimit",),
     "policies.bearer": ("BearerAuth",),
     "policies.cache_control": ("CacheControl", "CacheRule"),
+    "policies.concurrency": ("ConcurrencyLimit",),
     "policies.conditional": ("Conditional",),
     "policies.mcp": ("McpCall", "McpEndpoint", "McpTools"),
+    "policies.origins": ("AllowedOrigins",),
     "policies.problems": ("Problems",),
     "policies.protected_resource": ("ProtectedResource", "ProtectedResourceMetadata"),
-    "policies.concurrency": ("ConcurrencyLimit",),
     "policies.rate_limit": ("Level", "RateLimit", "Tier", "TokenRule"),
     "policies.request_id": ("RequestID",),
     "policies.revocation": ("Revocation",),
-    "policies.scopes": ("AllOf", "AnyOf", "Scopes"),
+    "policies.scopes": ("Scopes",),
+    "policies.timeout": ("Timeout",),
     "policies.versioning": ("Deprecation", "Version", "Versioning"),
+    "policies.websocket_tickets": ("WebSocketTicketAuth", "WebSocketTickets"),
     "stores.adapter": ("LimitsStorage",),
     "stores.limits": ("LimitStore", "StoreUnavailableError"),
     "stores.memory": ("memory_limits",),
-    "stores.redis": ("RedisLimits", "RedisRevocations", "RedisSlots"),
+    "stores.redis": ("RedisLimits", "RedisReplays", "RedisRevocations", "RedisSlots", "RedisTickets"),
+    "stores.replays": ("MemoryReplays",),
     "stores.revocations": ("MemoryRevocations",),
     "stores.shares": ("QuotaShares",),
     "stores.slots": ("SlotStore",),
+    "stores.tickets": ("MemoryTickets",),
     "telemetry.logs": ("CorrelationFilter", "JSONLines", "add_correlation"),
     "telemetry.redaction": ("Redaction", "RedactionFilter", "redact"),
 }

@@ -20,13 +20,16 @@ from sigil_policy.policies.cache_control import CacheControl
 from sigil_policy.policies.concurrency import ConcurrencyLimit
 from sigil_policy.policies.conditional import Conditional
 from sigil_policy.policies.mcp import McpEndpoint, McpTools
+from sigil_policy.policies.origins import AllowedOrigins
 from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.protected_resource import ProtectedResourceMetadata
 from sigil_policy.policies.rate_limit import RateLimit
 from sigil_policy.policies.request_id import RequestID
 from sigil_policy.policies.revocation import Revocation
 from sigil_policy.policies.scopes import Scopes
+from sigil_policy.policies.timeout import Timeout
 from sigil_policy.policies.versioning import Versioning
+from sigil_policy.policies.websocket_tickets import WebSocketTicketAuth, WebSocketTickets
 
 Options = ParamSpec("Options")
 
@@ -49,6 +52,7 @@ def as_middleware(policy: Callable[Options, Policy]) -> Callable[Concatenate[App
 
 
 AccessLogMiddleware = as_middleware(AccessLog)
+AllowedOriginsMiddleware = as_middleware(AllowedOrigins)
 ApiKeyAuthMiddleware = as_middleware(ApiKeyAuth)
 AuthFailureLimitMiddleware = as_middleware(AuthFailureLimit)
 BearerAuthMiddleware = as_middleware(BearerAuth)
@@ -63,4 +67,7 @@ RateLimitMiddleware = as_middleware(RateLimit)
 RequestIDMiddleware = as_middleware(RequestID)
 RevocationMiddleware = as_middleware(Revocation)
 ScopesMiddleware = as_middleware(Scopes)
+TimeoutMiddleware = as_middleware(Timeout)
 VersioningMiddleware = as_middleware(Versioning)
+WebSocketTicketAuthMiddleware = as_middleware(WebSocketTicketAuth)
+WebSocketTicketsMiddleware = as_middleware(WebSocketTickets)

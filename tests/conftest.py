@@ -1,9 +1,12 @@
-"""The suite runs on asyncio and trio; the property of the pass is drawn two thousand times in CI."""
+"""The suite runs on asyncio and trio, and is watched for secrets; the property of the pass is drawn two thousand times
+in CI."""
 
 import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import canaries
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
 
@@ -11,6 +14,10 @@ settings.register_profile("suite", max_examples=150, deadline=None, suppress_hea
 settings.load_profile("suite")
 
 FUSION_EXAMPLES = 2_000 if os.environ.get("CI") == "true" else 300
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    canaries.pytest_configure(config)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

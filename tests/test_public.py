@@ -80,12 +80,14 @@ def test_the_readme_names_every_policy() -> None:
         if inspect.isclass(getattr(sigil_policy, name)) and f"{name}Middleware" in sigil_policy.__all__
     }
     assert policies == set(re.findall(r"^\| `(\w+)` \| ", README, re.MULTILINE)) & policies
-    assert len(policies) == 16
+    assert len(policies) == 20
 
 
 def test_the_readmes_order_of_policies_is_one_that_works() -> None:
     key = sigil_policy.Key(algorithm="HS256", secret=SecretStr("s" * 32))
+    tickets = sigil_policy.MemoryTickets()
     options: dict[str, dict[str, object]] = {
+        "AllowedOrigins": {"origins": []},
         "ApiKeyAuth": {"store": sigil_policy.MemoryApiKeyStore(()), "pepper": SecretStr("p" * 32)},
         "BearerAuth": {"issuers": [sigil_policy.Issuer(url="https://auth.example.com", audience="a", keys=[key])]},
         "ConcurrencyLimit": {"limits": 5},
@@ -93,10 +95,12 @@ def test_the_readmes_order_of_policies_is_one_that_works() -> None:
             "documents": [sigil_policy.ProtectedResource(resource="https://api.example.com/mcp")]
         },
         "Revocation": {"store": sigil_policy.MemoryRevocations()},
+        "WebSocketTicketAuth": {"store": tickets},
+        "WebSocketTickets": {"store": tickets},
         "Versioning": {"versions": {"v7": sigil_policy.Version(phase="current")}},
     }
     names = re.findall(r"^\| `([A-Z][A-Za-z]+)` \| ", README.split("## One pass")[0], re.MULTILINE)
-    assert len(names) == 16
+    assert len(names) == 20
     policies = [getattr(sigil_policy, name)(**options.get(name, {})) for name in names]
     stack = sigil_policy.PolicyStack(lambda scope, receive, send: None, policies=policies)
     assert not stack.missing

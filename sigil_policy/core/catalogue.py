@@ -42,12 +42,12 @@ TICKET_INVALID = library_type(
     "Obtain a new ticket and use it at once; each holds for one connection",
 )  # fmt: skip
 PROOF_INVALID = library_type(
-    "AUTH_011", "InvalidProofError", 401,
+    "AUTH_010", "InvalidProofError", 401,
     "Send one DPoP header with a new proof, made for this method, this URL and this token",
     "Check the clock of the client",
 )  # fmt: skip
 PROOF_NONCE_REQUIRED = library_type(
-    "AUTH_012", "ProofNonceRequiredError", 401,
+    "AUTH_011", "ProofNonceRequiredError", 401,
     "Make a new proof with the nonce of the DPoP-Nonce header, then try again",
 )  # fmt: skip
 RATE_EXCEEDED = library_type(

@@ -96,7 +96,7 @@ class BearerAuth(Policy):
     Answers 401 `AUTH_002` (the token), 400 `AUTH_003` (the header), 400 `AUTH_006` (two credentials), 400 `AUTH_007` (a
     token in the query), and with `required=True` 401 `AUTH_001` (no token); each with a `WWW-Authenticate` line. 503
     `AUTH_008` with `Retry-After`: the keys cannot be fetched now, or the token cannot be introspected. With `sender`
-    also 401 `AUTH_011` (the proof), 401 `AUTH_012` (it takes a nonce), and 503 `SRV_503` with `Retry-After`: whether a
+    also 401 `AUTH_010` (the proof), 401 `AUTH_011` (it takes a nonce), and 503 `SRV_503` with `Retry-After`: whether a
     proof was used before cannot be known now.
     """
 

@@ -16,7 +16,7 @@ KEYS = {
     "policies": {"pass_us", "alone_us"},
     "stream": {"fused_us", "nested_us"},
     "limits": set(TARGETS["limits"]),
-    "auth": {"cached_us", "api_key_us", "forged_80k_us", "verify_us", "pyjwt_us", "verify_to_pyjwt"},
+    "auth": {*TARGETS["auth"], "api_key_us", "verify_us", "pyjwt_us", "verify_to_pyjwt", "refresh_gap_ms"},
     "log": set(TARGETS["log"]),
     "routes": {"us_10", "us_1000", "us_10000", "ratio", "uniform_ratio"},
     "stores": {*TARGETS["stores"], "checks_per_s", "pool_checks_per_s", "flood_us", "flood_uncached_us"},

@@ -126,7 +126,7 @@ async def test_a_proof_is_used_once_also_when_the_token_is_remembered():
     app, headers = make_app(with_dpop()), dpop_headers(bound_token())
     assert (await drive(app, headers=headers)).status == 200
     for _ in range(2):
-        refused(await drive(app, headers=headers), "AUTH_011", BEARER, INVALID_PROOF)
+        refused(await drive(app, headers=headers), "AUTH_010", BEARER, INVALID_PROOF)
 
 
 async def test_a_stolen_token_and_its_proof_are_of_no_use_elsewhere():
@@ -149,7 +149,7 @@ async def test_a_stolen_token_and_its_proof_are_of_no_use_elsewhere():
         [*dpop_headers(presented).items(), ("dpop", proof(presented))],
     ):
         sent = await drive(app, headers=headers)
-        refused(sent, "AUTH_011", BEARER, INVALID_PROOF)
+        refused(sent, "AUTH_010", BEARER, INVALID_PROOF)
         assert sent.json()["detail"] == "The proof of possession is not valid for this request"
 
 
@@ -456,7 +456,7 @@ async def test_a_proof_takes_a_nonce_of_this_service():
     policy = make_bearer(DPoP(origin=ORIGIN, nonce_secret=SECRET, nonce_period=300))
     app, presented = make_app(policy, clock=clock), bound_token()
     sent = await drive(app, headers=dpop_headers(presented, iat=clock.time()))
-    refused(sent, "AUTH_012", BEARER, f'DPoP realm="api", error="use_dpop_nonce", {ALGS}')
+    refused(sent, "AUTH_011", BEARER, f'DPoP realm="api", error="use_dpop_nonce", {ALGS}')
     nonce = sent.header("dpop-nonce")
     sent = await drive(app, headers=dpop_headers(presented, iat=clock.time(), nonce=nonce))
     assert (sent.status, sent.header("dpop-nonce")) == (200, None)
