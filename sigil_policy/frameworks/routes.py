@@ -60,12 +60,14 @@ class _Table:
 
 
 class _Shape:
-    """A path so far."""
+    """A path so far: where a literal leads, text that is none, and text that could be something else as well."""
 
-    __slots__ = ("children", "found")
+    __slots__ = ("found", "kinds", "literals", "text")
 
     def __init__(self) -> None:
-        self.children: dict[Any, _Shape] = {}
+        self.literals: dict[str, _Shape] = {}
+        self.text: _Shape | None = None
+        self.kinds: dict[tuple[str, ...], _Shape] = {}
         self.found: dict[str, Resolution | None] = {}
 
 
@@ -80,7 +82,7 @@ class RouteIndex:
         self._app = app
         self._tags: dict[str, Marks] = {}
         self._lists: list[Any] = []
-        self._sizes: list[int] = []
+        self._size = 0
         self._table = _Table()
         self._resolutions: dict[Any, Resolution] = {}
         self._stock = True
@@ -103,25 +105,28 @@ class RouteIndex:
         return self._marked
 
     def _refresh(self) -> None:
-        if not self._fresh or self._sizes != [len(routes) for routes in self._lists]:
+        if not self._fresh or self._size != sum(map(len, self._lists)):
             self._read()
 
     def find(self, scope: dict[str, Any], path: str) -> Resolution | None:
         """The endpoint for `scope`; `path` is the part of its path behind the root path."""
         self._refresh()
-        if not self._stock or "\n" in path:
+        if not self._stock or "\n" in path or path[:1] != "/":
             # `$` of a regular expression matches in front of a last line feed.
             return self._ask(scope)
         shape = self._start
         segments = path.split("/", self._longest)
         for segment in segments:
-            child = shape.children.get(segment if segment in self._literals else self._kind(segment))
-            if child is None:
-                return self._learn(scope, segments)
-            shape = child
-        method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
+            known = shape.literals.get(segment)
+            if known is None:
+                if segment in self._literals:
+                    return self._learn(scope, segments)
+                known = shape.kinds.get(self._kinds(segment)) if self._patterns else shape.text
+                if known is None:
+                    return self._learn(scope, segments)
+            shape = known
         try:
-            return shape.found[method]
+            return shape.found[scope["method"] if scope["type"] == "http" else "WEBSOCKET"]
         except KeyError:
             return self._learn(scope, segments)
 
@@ -186,12 +191,25 @@ class RouteIndex:
 
     # --- shapes ----------------------------------------------------------------------------------------------------
 
-    def _kind(self, segment: str) -> Any:
-        """What a segment that is no literal could be. No string: it is never mistaken for a literal."""
-        if not self._patterns:
-            return None if segment else 0
-        kinds = [name for name, pattern in self._patterns.items() if pattern.fullmatch(segment)]
-        return tuple(kinds) if segment else 0
+    def _kinds(self, segment: str) -> tuple[str, ...]:
+        """What a segment that is no literal could be, beside text."""
+        return tuple([name for name, pattern in self._patterns.items() if pattern.fullmatch(segment)])
+
+    def _step(self, shape: _Shape, segment: str) -> _Shape:
+        """Where `segment` leads, also for the first time."""
+        table: dict[Any, _Shape] = shape.literals
+        key: Any = segment
+        if segment not in self._literals:
+            if not self._patterns:
+                if shape.text is None:
+                    shape.text = _Shape()
+                    self._shapes += 1
+                return shape.text
+            table, key = shape.kinds, self._kinds(segment)
+        if key not in table:
+            table[key] = _Shape()
+            self._shapes += 1
+        return table[key]
 
     def _learn(self, scope: dict[str, Any], segments: Sequence[str]) -> Resolution | None:
         found = self._ask(scope)
@@ -199,15 +217,9 @@ class RouteIndex:
             self._start, self._shapes = _Shape(), 0
         shape = self._start
         for segment in segments:
-            key = segment if segment in self._literals else self._kind(segment)
-            child = shape.children.get(key)
-            if child is None:
-                child = shape.children[key] = _Shape()
-                self._shapes += 1
-            shape = child
-        method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
+            shape = self._step(shape, segment)
         if len(shape.found) < 32:  # methods are a client's to make up
-            shape.found[method] = found
+            shape.found[scope["method"] if scope["type"] == "http" else "WEBSOCKET"] = found
         return found
 
     # --- reading the routes ----------------------------------------------------------------------------------------
@@ -219,8 +231,7 @@ class RouteIndex:
         self._start, self._shapes = _Shape(), 0
         root = find_router(self._app)
         self._table = _Table() if root is None else self._read_router(root, (), 0, _DEEPEST, behind=False)
-        self._literals.discard("")
-        self._sizes = [len(routes) for routes in self._lists]
+        self._size = sum(map(len, self._lists))
         self._fresh = True
         self._marked = any(resolution.marks is not None for resolution in self.all())
 

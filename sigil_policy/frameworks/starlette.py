@@ -58,11 +58,11 @@ class StarletteHost(Host):
         return self.index.marked
 
     def find(self, scope: dict[str, Any]) -> Resolution | None:
-        path, root = scope["path"], scope.get("root_path") or ""
+        root = scope.get("root_path")
         if self.root_path and self.root_path != root:
             root = self.root_path
             scope = {**scope, "root_path": root}
-        return self.index.find(scope, below(root, path) if root else path)
+        return self.index.find(scope, below(root, scope["path"]) if root else scope["path"])
 
     def endpoints(self) -> Iterable[Resolution]:
         return self.index.all()

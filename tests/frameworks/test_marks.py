@@ -29,6 +29,7 @@ from sigil_policy.policies.scopes import Scopes
 from sigil_policy.policies.timeout import Timeout
 from sigil_policy.policies.versioning import Deprecation, Versioning
 from sigil_policy.testing import FrozenClock, drive
+from sigil_policy.testing.marks import check_app
 
 pytestmark = pytest.mark.anyio
 
@@ -453,6 +454,26 @@ async def test_strict_routes_answer_500_instead() -> None:
     assert sent.status == 500
     assert isinstance(sent.error, RouteMismatchError)
     assert b"ran" not in sent.body
+
+
+def test_check_app_finds_marks_that_nobody_hears() -> None:
+    check_app(mounted(marked_app(cost=2), RateLimit()))
+    check_app(PolicyStack(marked_app(cost=2), [RateLimit()]))
+    check_app(mounted(Starlette(routes=[Mount("/in", app=mounted(marked_app(cost=2), RateLimit()))])))
+    check_app(Starlette(routes=[Route("/free", PlainTextResponse("free"))]))
+    for app in (
+        marked_app(cost=2),
+        mounted(marked_app(cost=2)),
+        PolicyStack(marked_app(cost=2), [Scopes()]),
+        mounted(Starlette(routes=[Mount("/in", routes=marked_app(cost=2).routes)]), Scopes()),
+    ):
+        with pytest.raises(AssertionError, match="cost"):
+            check_app(app)
+
+    async def bare(scope: Any, receive: Any, send: Any) -> None: ...
+
+    with pytest.raises(TypeError, match="cannot be read"):
+        check_app(bare)
 
 
 def test_a_tag_takes_marks() -> None:
