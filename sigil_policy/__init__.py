@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     from sigil_policy.policies.versioning import Versioning as Versioning
     from sigil_policy.policies.websocket_tickets import WebSocketTicketAuth as WebSocketTicketAuth
     from sigil_policy.policies.websocket_tickets import WebSocketTickets as WebSocketTickets
+    from sigil_policy.problem_docs import ProblemDocs as ProblemDocs
     from sigil_policy.stores.adapter import LimitsStorage as LimitsStorage
     from sigil_policy.stores.limits import LimitStore as LimitStore
     from sigil_policy.stores.limits import StoreUnavailableError as StoreUnavailableError
@@ -214,6 +215,7 @@ _HOMES = {
     "policies.timeout": ("Timeout",),
     "policies.versioning": ("Deprecation", "Version", "Versioning"),
     "policies.websocket_tickets": ("WebSocketTicketAuth", "WebSocketTickets"),
+    "problem_docs": ("ProblemDocs",),
     "stores.adapter": ("LimitsStorage",),
     "stores.limits": ("LimitStore", "StoreUnavailableError"),
     "stores.memory": ("memory_limits",),
