@@ -30,6 +30,7 @@ SHOWN = (
     ("tests/policies/test_access_log.py::test_an_id_that_is_a_credential_is_hidden", "a response"),
     # The test puts a secret into a policy of its own.
     ("tests/policies/test_access_log.py::test_no_credential_reaches_the_log", "the repr of a stack"),
+    ("tests/testing/test_policies.py::test_secrets_are_found_in_fields_without_being_named", "the repr of a stack"),
 )
 """Tests that show secrets, by the beginning of their ids, and where they do: there nobody looks."""
 

@@ -21,7 +21,7 @@ from sigil_policy.core.exchange import Exchange, Head, StreamEndedError
 from sigil_policy.core.policy import EndOfStream, Policy
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.testing import drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 
 pytestmark = pytest.mark.anyio
 

@@ -26,7 +26,7 @@ from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Reply
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.testing import FrozenClock, drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 
 pytestmark = pytest.mark.anyio
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 
 from sigil_policy.core import socket
 from sigil_policy.core.stack import PolicyStack
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 from tests.conftest import FUSION_EXAMPLES
 from tests.fusion.interpreter import interpret
 from tests.fusion.programs import Log, Program, World, draw_program, programs, run, smallest

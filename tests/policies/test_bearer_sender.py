@@ -187,7 +187,7 @@ async def test_bound_tokens_only():
     "cnf",
     [None, "x", 7, [], {}, {"jkt": None}, {"jkt": 7}, {"jkt": ""}, {"jkt": "é"}, {"jkt": {"a": 1}},
      {"jwk": client_jwk()}, {"x5t#S256": None}, {"x5t#S256": ""}],
-    ids=repr,
+    ids=lambda value: repr(value)[:20],
 )  # fmt: skip
 @pytest.mark.parametrize("policy", [with_dpop, with_certificate, make_bearer])
 async def test_a_confirmation_that_nobody_understands_confirms_nothing(policy, cnf):

@@ -13,7 +13,7 @@ from sigil_policy.policies.api_key import ApiKeyAuth
 from sigil_policy.policies.origins import AllowedOrigins
 from sigil_policy.policies.problems import Problems
 from sigil_policy.testing import FrozenClock, drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 
 pytestmark = pytest.mark.anyio
 

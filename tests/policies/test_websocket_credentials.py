@@ -25,7 +25,7 @@ from sigil_policy.policies.scopes import Scopes
 from sigil_policy.policies.websocket_tickets import WebSocketTicketAuth, WebSocketTickets
 from sigil_policy.stores.tickets import MemoryTickets
 from sigil_policy.testing import FrozenClock, Sent, drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 from tests.identity.material import NOW, make_issuer, token
 
 pytestmark = pytest.mark.anyio

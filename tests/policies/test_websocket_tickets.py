@@ -31,7 +31,7 @@ from sigil_policy.stores.revocations import MemoryRevocations
 from sigil_policy.stores.tickets import MemoryTickets, Ticket, new_ticket, ticket_digest
 from sigil_policy.telemetry.logs import JSONLines
 from sigil_policy.testing import FrozenClock, Sent, drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 from tests.identity.material import NOW, good_claims, make_issuer, token
 
 pytestmark = pytest.mark.anyio
