@@ -26,6 +26,12 @@ def challenge_line(scheme: str, realm: str, error: str | None = None) -> tuple[b
     return (b"www-authenticate", challenge(scheme, realm=realm, error=error))
 
 
+def token_scheme(ex: Exchange) -> str:
+    """The scheme in which this exchange presents a token, which is the one that a challenge to it names (RFC 9449
+    section 7.1): `DPoP`, or else `Bearer`."""
+    return "DPoP" if ex.headers.get(b"authorization", b"")[:5].lower() == b"dpop " else "Bearer"
+
+
 def asking_for(lines: HeaderLines, scopes: Iterable[str]) -> HeaderLines:
     """`lines` whose `Bearer` challenges say which scopes the request takes (RFC 6750 section 3)."""
     scope = " ".join(scopes)

@@ -18,8 +18,8 @@ Guarantees:
   proof may pass four times. With a URL it passes once wherever that store is asked, also where two requests come in the
   same moment. An entry is kept for a minute longer than its proof would be accepted; when clocks differ by more, or are
   set back by more, a proof may pass once more.
-* **Where the store is full or away**, nobody is let in whose proof may have been used: 503 with `Retry-After`, unless
-  `on_store_loss="open"`.
+* **Where the store is full or away**, or raises anything else, nobody is let in whose proof may have been used: 503
+  with `Retry-After`, unless `on_store_loss="open"`.
 * A WebSocket's handshake takes a proof too: `htm` is `GET`, `htu` the URL with `https` for `wss`. A browser cannot send
   one, and has to use a ticket.
 
@@ -44,6 +44,7 @@ from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.policy import Listed
 from sigil_policy.identity.fields import CONFIG
 from sigil_policy.identity.keys import Key
+from sigil_policy.identity.store_failures import StoreFailures
 from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.replays import MemoryReplays, ReplayStore
 from sigil_policy.stores.urls import replay_store
@@ -148,13 +149,17 @@ class DPoP:
 
     @model_validator(mode="after")
     def _prepare(self) -> "DPoP":
-        _ = self.store, self._origins, self._accepted, self._key, self._secret
+        _ = self.store, self._failures, self._origins, self._accepted, self._key, self._secret
         return self
 
     @cached_property
     def store(self) -> ReplayStore:
         """Where used proofs are."""
         return MemoryReplays() if self.replays is None else cast("ReplayStore", self.replays)
+
+    @cached_property
+    def _failures(self) -> StoreFailures:
+        return StoreFailures("replay_store_failed")
 
     @cached_property
     def _origins(self) -> tuple[str, ...] | None:
@@ -254,31 +259,35 @@ class DPoP:
         """Whether this proof is used for the first time. Raises `StoreUnavailableError`, unless that is "open"."""
         if any(store is self.store for store in _stores(ex)):
             return True  # a policy further out has used it, for this very exchange
+        first: object
         try:
             first = self.store.claim(name, self.max_age + self.leeway + _MARGIN, ex.clock.monotonic())
-        except StoreUnavailableError:
-            if self.on_store_loss == "closed":
-                raise
-            first = True
-        if isinstance(first, Awaitable):
-            return self._claim_later(ex, first)
+        except Exception as error:  # noqa: BLE001  a store is somebody else's, and may raise anything
+            return self._lost(ex, error)
+        return self._claim_later(ex, first) if isinstance(first, Awaitable) else self._claimed(ex, first)
+
+    async def _claim_later(self, ex: Exchange, claiming: Awaitable[object]) -> bool:
+        try:
+            with anyio.fail_after(self.deadline):
+                first = await claiming
+        except Exception as error:  # noqa: BLE001  as above
+            return self._lost(ex, error)
+        return self._claimed(ex, first)
+
+    def _claimed(self, ex: Exchange, first: object) -> bool:
+        if type(first) is not bool:
+            return self._lost(ex, TypeError("claim returns True or False"))
         if first:
             ex.give(UsedProof((*_stores(ex), self.store)))
         return first
 
-    async def _claim_later(self, ex: Exchange, claiming: Awaitable[bool]) -> bool:
-        first = True
-        try:
-            with anyio.fail_after(self.deadline):
-                first = await claiming
-        except (StoreUnavailableError, TimeoutError) as lost:
-            if self.on_store_loss == "closed":
-                if isinstance(lost, StoreUnavailableError):
-                    raise
-                raise StoreUnavailableError("the store of used proofs did not answer in time") from None
-        if first:
-            ex.give(UsedProof((*_stores(ex), self.store)))
-        return first
+    def _lost(self, ex: Exchange, error: Exception) -> bool:
+        """Whether to go on without knowing."""
+        wait = self._failures.report(self.store, error, ex.clock)
+        if self.on_store_loss == "closed":
+            raise StoreUnavailableError("whether a proof was used cannot be known now", wait) from None
+        ex.give(UsedProof((*_stores(ex), self.store)))
+        return True
 
     # --- nonces ----------------------------------------------------------------------------------------------------
 
@@ -329,7 +338,7 @@ def _origin(text: str) -> str:
     if not found or "?" in text or "#" in text:
         raise ValueError(
             "origin is the scheme, host and port under which clients reach the service, for example "
-            f"'https://api.example.com', not {text!r}"
+            f"'https://api.example.com', not {'one with a user or a password' if '@' in text else repr(text)}"
         )
     return found
 

@@ -6,7 +6,7 @@ Each says what was expected and which RFC says so. None of them is a secret, so 
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 
 from sigil_policy.wire.authorization import is_challenge_text, is_scope_token, is_token
 
@@ -66,3 +66,6 @@ Scope = Annotated[str, AfterValidator(_scope)]
 HeaderName = Annotated[str, AfterValidator(_token)]
 Scheme = Annotated[str, AfterValidator(_token)]
 Subject = Annotated[str, AfterValidator(_subject)]
+
+QueryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+"""A query parameter that needs no encoding."""

@@ -73,10 +73,10 @@ logger = logging.getLogger("sigil_policy")
 class KeysUnavailableError(Exception):
     """The keys that a token needs cannot be had now; after `retry_after` seconds it is worth another try.
 
-        try:
-            await auth.fetch_keys()
-        except KeysUnavailableError as error:
-            print(f"the provider is away; try again in {error.retry_after} s")
+    try:
+        await auth.fetch_keys()
+    except KeysUnavailableError as error:
+        print(f"the provider is away; try again in {error.retry_after} s")
     """
 
     def __init__(self, retry_after: float) -> None:

@@ -43,6 +43,7 @@ _CURVES = {"ES256": "secp256r1", "ES384": "secp384r1", "ES512": "secp521r1"}
 _BY_CURVE: dict[str, Algorithm] = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512", "Ed25519": "EdDSA"}
 _EDDSA = frozenset(("EdDSA", "Ed25519"))
 _MIN_RSA_BITS = 2048
+_MAX_RSA_BITS, _END_OF_EXPONENTS = 8_192, 1 << 32
 _UNREADABLE = (ValueError, TypeError, KeyError, PyJWTError, UnsupportedAlgorithm)
 
 
@@ -193,6 +194,11 @@ def _public_check(public: Any, name: str) -> Check:
         if fits and public.key_size < _MIN_RSA_BITS:
             raise ValueError(
                 f"the RSA key has {public.key_size} bits; {name} takes at least {_MIN_RSA_BITS} (RFC 7518 section 3.3)"
+            )
+        if fits and (public.key_size > _MAX_RSA_BITS or public.public_numbers().e >= _END_OF_EXPONENTS):
+            raise ValueError(
+                f"the RSA key has {public.key_size} bits; one of more than {_MAX_RSA_BITS}, or with a public exponent "
+                "of more than 32, takes too long to verify with"
             )
     elif name in _CURVES:
         fits = isinstance(public, EllipticCurvePublicKey) and public.curve.name == _CURVES[name]

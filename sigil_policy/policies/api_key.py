@@ -9,8 +9,8 @@ in, decides whether that will do; without `Scopes`, write `required=True`.
 Guarantees: mistyped, unknown, expired, revoked and wrong keys get the same answer, and an unknown id costs the same
 digest and the same comparison in constant time as a known one; a typing error is refused without a look-up; a store
 that fails or is slow lets nobody in, and is answered with 503 and `Retry-After`, never 500; the store holds only keyed
-digests; no key is logged or shown. WebSocket handshakes obey the same rules, and a connection whose key expires or is
-revoked while it lasts is closed with code 4401.
+digests; no key is logged or shown. WebSocket handshakes obey the same rules, and a connection whose key expires, is
+revoked, or may do less while it lasts is closed with code 4401.
 
 How soon a key that was made or revoked elsewhere is known, and what callers who make ids up cost, is the store's to
 say: see `RemoteApiKeyStore`. `ApiKeys`, and `sigil-policy key` on the command line, make and end keys.
@@ -19,15 +19,12 @@ Goes inside `Problems`, `BodyLimit` and `Timeout`, outside `Scopes` and `RateLim
 RFC 9110 section 11; RFC 6750 for the challenges.
 """
 
-import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from functools import cached_property, partial
 from hmac import compare_digest
-from pathlib import Path
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import anyio
-import structlog
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sigil_policy.core.catalogue import (
@@ -40,6 +37,7 @@ from sigil_policy.core.catalogue import (
 )
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Closable, Close, Policy
 from sigil_policy.core.problems import Problem, ProblemType
 from sigil_policy.identity.api_keys import (
@@ -59,23 +57,19 @@ from sigil_policy.identity.challenges import (
     is_preflight,
     offer,
 )
-from sigil_policy.identity.endings import close_for, until_credentials_end
+from sigil_policy.identity.endings import ENDED, close_for, until_credentials_end
 from sigil_policy.identity.fields import HeaderName, Realm, Scheme
+from sigil_policy.identity.presented import KeyUsed, TicketUsed
+from sigil_policy.identity.store_failures import StoreFailures
 from sigil_policy.identity.subprotocols import SubprotocolPair
-from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.urls import found_by
 from sigil_policy.wire.authorization import QueryNames, bearer_token
-
-logger = structlog.get_logger("sigil_policy")
 
 Record = ApiKeyRecord | None
 Find = Callable[[str], "Record | Awaitable[Record]"]
 
 # What no key's digest is: an unknown id is compared with this, so that it takes as long as a known one.
 _NO_DIGEST = bytes(32)
-
-# Seconds between two lines in the log about a store that fails.
-_REPORT_EVERY = 10.0
 
 _QUERY_NAMES = QueryNames("api_key", "api-key", "apikey", "x-api-key", any_case=True)
 
@@ -134,7 +128,8 @@ class ApiKeyAuth(Policy):
 
     websocket_protocol: HeaderName | None = None
     """On a WebSocket also take the key behind this subprotocol, as a browser can send it (default None):
-    `new WebSocket(url, ["sigil.key", key])` for `"sigil.key"`. With `bearer`, what begins with `bearer_prefix`."""
+    `new WebSocket(url, ["sigil.key", key])` for `"sigil.key"`. With `bearer`, what begins with `bearer_prefix`.
+    Name it in `websocket_protocols` of `AuthFailureLimit` too, which counts guesses there."""
 
     @field_validator("pepper")
     @classmethod
@@ -146,7 +141,7 @@ class ApiKeyAuth(Policy):
     def _prepare(self) -> "ApiKeyAuth":
         _ = self._pepper, self._header, self._rival, self._prefix
         _ = self._challenge, self._invalid_request, self._invalid_token
-        _ = self._find, self._note_use, self._reported, self._pair
+        _ = self._find, self._note_use, self._failures, self._pair
         if self._pair is None:
             # A hook that has nothing to do here is taken out of the pass.
             object.__setattr__(self, "on_response", None)
@@ -167,9 +162,8 @@ class ApiKeyAuth(Policy):
         return getattr(self.store, "note_use", None)
 
     @cached_property
-    def _reported(self) -> list[float]:
-        # When the log was last told of a store that fails, by the monotonic clock.
-        return [float("-inf")]
+    def _failures(self) -> StoreFailures:
+        return StoreFailures("api_key_store_failed")
 
     @cached_property
     def _pepper(self) -> bytes:
@@ -208,6 +202,20 @@ class ApiKeyAuth(Policy):
         bearer = challenge_line("Bearer", self.realm, error)
         return (bearer,) if self.scheme is None else (bearer, challenge_line(self.scheme, self.realm))
 
+    def describe(self, operation: Operation, rule: Any) -> None:
+        operation.accepts(
+            "ApiKey", {"type": "apiKey", "in": "header", "name": self.header, "description": "A key"}, kind="api_key"
+        )
+        operation.required = operation.required or self.required
+        if self.required:
+            operation.answers(CREDENTIALS_MISSING, headers=("WWW-Authenticate",))
+        operation.answers(KEY_INVALID, CREDENTIALS_MALFORMED, headers=("WWW-Authenticate",))
+        if self.conflicts_with is not None:
+            operation.answers(CREDENTIALS_CONFLICTING, headers=("WWW-Authenticate",))
+        if not self.tolerate_leaked_query_keys:
+            operation.answers(CREDENTIALS_IN_QUERY, headers=("WWW-Authenticate",))
+        operation.answers(http_problem(503), headers=("Retry-After",))
+
     def on_request(self, ex: Exchange) -> Problem | Awaitable[Problem | None] | None:
         if ex.method == "OPTIONS" and is_preflight(ex):
             ex.anonymous()
@@ -219,26 +227,41 @@ class ApiKeyAuth(Policy):
         except ValueError:
             return self._bad_request(CREDENTIALS_MALFORMED, "The subprotocols carry no API key, or a second one")
         if presented is None:
+            used = ex.get(KeyUsed)
+            if used is not None and used.place is not None:
+                # An outer ApiKeyAuth looks where this one does not, and its store may know more keys.
+                return KEY_INVALID("The API key is not valid", headers=self._challenge)
+            bought = _buyer(ex)
+            if bought is not None and bought.header.lower() == self.header.lower():
+                return self._look_up(ex, bought.id, partial(self._judge_ticket, ex))
             return self._without_key(ex) if ex.principal is None or not self._rival else None
         if not as_bearer and self._rival in ex.headers:
             return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
+        if self._rival and TicketUsed in ex:
+            return self._bad_request(CREDENTIALS_CONFLICTING, "The handshake carries a ticket and an API key")
         if (b"authorization" if as_bearer else self._header) in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one credential of a kind")
         known = ex.principal
-        if known is not None and known.kind != "api_key" and self._rival:
+        if known is not None and self._rival and all(other.kind != "api_key" for other in ex.principals):
             return None  # an outer policy of another kind has answered for the caller
         refusal = self._invalid_token if as_bearer else self._challenge
         name = key_id(presented)
         if name is None:
             return KEY_INVALID("The API key is not valid", headers=refusal)
         digest = key_digest(self._pepper, presented)
+        return self._look_up(ex, name, partial(self._judge, ex, digest=digest, refusal=refusal, as_bearer=as_bearer))
+
+    def _look_up(
+        self, ex: Exchange, name: str, judge: Callable[[Record], Problem | None]
+    ) -> Problem | Awaitable[Problem | None] | None:
+        """The answer of `judge` to the record that the store has by this name."""
         try:
             found = self._find(name)
         except Exception as error:  # noqa: BLE001  a store is somebody else's: whatever it raises, nobody is let in
             return self._unavailable(ex, error)
         if found is None or isinstance(found, ApiKeyRecord):
-            return self._judge(ex, found, digest, refusal)
-        return self._judge_later(ex, found, digest, refusal)
+            return judge(found)
+        return self._look_up_later(ex, found, judge)
 
     def _presented(self, ex: Exchange) -> tuple[bytes | None, bool]:
         """The key, and whether it came as a bearer token. `ValueError`: subprotocols with no key, or one too many."""
@@ -257,50 +280,48 @@ class ApiKeyAuth(Policy):
             self._pair.select(ex, head)
 
     async def on_check(self, ex: Exchange) -> float | Close | None:
-        if self._presented(ex)[0] is None:
+        if self._presented(ex)[0] is None and _buyer(ex) is None:
             return None
+        before = ex.principals
         answer = self.on_request(ex)
         if isinstance(answer, Awaitable):
             answer = await answer
+        if not all(any(now.key == old.key and now.scopes >= old.scopes for now in ex.principals) for old in before):
+            return ENDED  # it speaks for somebody else now, or for less than what the connection was opened with
         failures = 0 if answer is None or answer.status < 500 else (ex.note(self) or 0) + 1
         ex.keep(self, failures)
         if answer is not None and failures not in (1, 2):
             return close_for(answer)
         return until_credentials_end(ex, self.recheck)
 
-    async def _judge_later(
-        self, ex: Exchange, finding: Awaitable[ApiKeyRecord | None], digest: bytes, refusal: HeaderLines
+    async def _look_up_later(
+        self, ex: Exchange, finding: Awaitable[Any], judge: Callable[[Record], Problem | None]
     ) -> Problem | None:
         try:
             with anyio.fail_after(self.deadline):
                 found = await finding
         except Exception as error:  # noqa: BLE001  as above
             return self._unavailable(ex, error)
-        return self._judge(ex, found, digest, refusal)
+        if found is not None and not isinstance(found, ApiKeyRecord):
+            return self._unavailable(ex, TypeError("find returns an ApiKeyRecord or None"))
+        return judge(found)
 
     def _unavailable(self, ex: Exchange, error: Exception) -> Problem:
-        self._report(ex, error)
-        wait = error.retry_after if isinstance(error, StoreUnavailableError) else 1
+        wait = self._failures.report(self.store, error, ex.clock)
         return http_problem(503)("API keys cannot be checked at the moment.", retry_after=wait)
 
-    def _report(self, ex: Exchange, error: Exception) -> None:
-        now = ex.clock.monotonic()
-        if now - self._reported[0] < _REPORT_EVERY:
-            return
-        self._reported[0] = now
-        # What it says may hold an address with its password, unless it is one of ours; where it happened never does.
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
-        reason = str(error) if isinstance(error, StoreUnavailableError) else None
-        logger.error(
-            "api_key_store_failed",
-            store=type(self.store).__name__,
-            error=type(error).__name__,
-            where=where,
-            reason=reason,
-        )
+    def _judge_ticket(self, ex: Exchange, record: Record) -> Problem | None:
+        """The ticket of this connection was bought with a key: does that hold still, and say as much?"""
+        caller = ex.principal
+        if record is None or caller is None or record.is_expired(ex.clock.time()):
+            return KEY_INVALID("The API key is not valid", headers=self._challenge)
+        if record.subject != caller.subject or not record.scopes >= caller.scopes:
+            return KEY_INVALID("The API key is not valid", headers=self._challenge)
+        return None
 
-    def _judge(self, ex: Exchange, record: ApiKeyRecord | None, digest: bytes, refusal: HeaderLines) -> Problem | None:
+    def _judge(
+        self, ex: Exchange, record: Record, digest: bytes, refusal: HeaderLines, as_bearer: bool
+    ) -> Problem | None:
         same = compare_digest(digest, _NO_DIGEST if record is None else record.digest_bytes)
         if record is None or not same or record.is_expired(ex.clock.time()):
             return KEY_INVALID("The API key is not valid", headers=refusal)
@@ -308,7 +329,7 @@ class ApiKeyAuth(Policy):
             try:
                 self._note_use(record.id)
             except Exception as error:  # noqa: BLE001  a note that is lost is no reason to refuse
-                self._report(ex, error)
+                self._failures.report(self.store, error, ex.clock)
         principal, known = record.principal(self.realm), ex.principal
         # A key that an outer ApiKeyAuth has accepted is verified here too: this store may know fewer. Where both agree,
         # the outer one's answer stays, with what others have made of it since.
@@ -316,6 +337,8 @@ class ApiKeyAuth(Policy):
             ex.cosign(principal)
         elif known is None or known.key != principal.key or known.scopes != principal.scopes:
             ex.authenticate(principal)
+        place = "authorization" if as_bearer else None if self._header in ex.headers else self.websocket_protocol
+        ex.give(KeyUsed(record.id, self.header, place))
         return None
 
     def _from_bearer(self, authorization: bytes | None) -> bytes | None:
@@ -337,3 +360,9 @@ class ApiKeyAuth(Policy):
 
     def _bad_request(self, problem_type: ProblemType, detail: str) -> Problem:
         return problem_type(detail, headers=self._invalid_request)
+
+
+def _buyer(ex: Exchange) -> KeyUsed | None:
+    """The key that has bought the ticket of this connection, if one has."""
+    ticket = ex.get(TicketUsed)
+    return None if ticket is None else ticket.key

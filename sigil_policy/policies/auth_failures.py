@@ -8,8 +8,10 @@
     Retry-After: 41
     {"error_code": "RATE_004", "detail": "Too many failed authentications.", ...}
 
-A failure is a 401 that a policy inside answers to a request that carries a credential. One without a credential is
-none, nor is a malformed header (400), nor what the application answers, nor one that a second credential is asked of.
+A failure is a 401 that a policy inside answers to a request that carries a credential: in a header, or in a WebSocket's
+handshake as a ticket (`ticket_queries`) or behind a subprotocol (`websocket_protocols`). One without a credential is
+none, nor is a malformed header (400), nor what the application answers, nor one that a second credential is asked of,
+nor a proof of possession that only lacks this service's nonce.
 
 What it guarantees:
 
@@ -26,7 +28,7 @@ What it guarantees:
 * **Who was let in lately, is let through.** A credential that was accepted here in the last `accepted_for` seconds goes
   on to be verified also while its address is over the limit: neighbours who guess cannot lock it out, whichever id they
   try. It is known by a digest of exactly what was presented, so nobody can guess under its cover. A failure ends it.
-  Each process knows those that it has accepted itself.
+  Each process knows those that it has accepted itself; tickets, which hold once, are none of them.
 * **Once for each exchange**, when it has ended, however it ends, over HTTP and WebSockets, also where two of these
   policies with one store stand in each other. What is being verified at the moment in which a limit is reached is not
   called back.
@@ -40,16 +42,18 @@ credential was not accepted lately.
 A credential that was accepted lately costs a digest and a look-up; another one asks the store once, and once or twice
 more where there were failures. Who is refused is refused in this process until then, and asks the store nothing.
 
-**When a store on another machine is away**, `on_store_loss` says what holds. "closed": 503 with `Retry-After`, except
-for who was let in lately. "open": nobody is refused, and nothing counted. "local": each process counts by itself
-`limit // expected_replicas` (at least 1) of each window. What failed meanwhile is not made good.
+**When a store on another machine is away**, or raises anything else, `on_store_loss` says what holds. "closed": 503
+with `Retry-After`, except for who was let in lately. "open": nobody is refused, and nothing counted. "local": each
+process counts by itself `limit // expected_replicas` (at least 1) of each window. What failed meanwhile is not made
+good.
 
 Place it outside of the policies that authenticate. A WebSocket whose server cannot send a response to a refused
-handshake hides its status: there every refusal by `BearerAuth` or `ApiKeyAuth` counts, also one with 400 or 503.
+handshake hides its status: there every refusal by a policy that authenticates counts, also one with 400 or 503.
 RFC 6585 section 4; RFC 9110 section 10.2.3; RFC 4291 section 2.5.1.
 """
 
 from collections.abc import Awaitable, Generator, Iterable
+from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
 from operator import attrgetter
@@ -61,22 +65,27 @@ from pydantic import Field, model_validator
 from sigil_policy.core.catalogue import AUTH_FAILURES_EXCEEDED, LIMITS_UNAVAILABLE
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Answer, Closable, Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.identity.api_keys import key_id
 from sigil_policy.identity.callers import Addresses, TrustedProxies
-from sigil_policy.identity.fields import HeaderName, Label
-from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, StoreUnavailableError, Window
+from sigil_policy.identity.dpop import NonceRequired
+from sigil_policy.identity.fields import HeaderName, Label, QueryName
+from sigil_policy.identity.store_failures import StoreFailures
+from sigil_policy.identity.subprotocols import SubprotocolPair
+from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, Window
 from sigil_policy.stores.memory import memory_limits
+from sigil_policy.stores.tickets import is_ticket
 from sigil_policy.stores.urls import found_by, limit_store
-from sigil_policy.wire.authorization import bearer_token
+from sigil_policy.wire.authorization import MAX_QUERY
 from sigil_policy.wire.jws import MAX_TOKEN
 
 _LONGEST = MAX_TOKEN + len("Bearer ")
 # So many names that are over a limit are remembered.
 _BLOCKED = 10_000
 # Whose refusal of a handshake is a 401, where the server shows no status.
-_AUTHENTICATORS = frozenset(("BearerAuth", "ApiKeyAuth"))
+_AUTHENTICATORS = frozenset(("BearerAuth", "ApiKeyAuth", "WebSocketTicketAuth"))
 
 
 class AuthFailureLimit(Policy):
@@ -93,6 +102,10 @@ class AuthFailureLimit(Policy):
             (default "100/hour"; None: not limited). Takes `credentials`. Tokens of one header are many callers', so
             they have no such limit.
         headers: where credentials are presented (default "Authorization" and "X-API-Key").
+        websocket_protocols: the subprotocols in front of credentials, as `websocket_protocol` of the policies inside
+            names them (default none).
+        ticket_queries: the query parameters of WebSockets that carry tickets, as `query` of `WebSocketTicketAuth` names
+            them (default "ticket").
         accepted: how many credentials that were accepted lately are let through, of 100 bytes each (default 10,000;
             0: none, a right credential from an address over its limit is refused too).
         accepted_for: for how many seconds after it was last accepted (default 3600).
@@ -116,6 +129,8 @@ class AuthFailureLimit(Policy):
     credentials: str | None = "5/minute;50/hour"
     everywhere: str | None = "100/hour"
     headers: Annotated[Listed[HeaderName], Field(min_length=1, max_length=8)] = ("Authorization", "X-API-Key")
+    websocket_protocols: Annotated[Listed[HeaderName], Field(max_length=8)] = ()
+    ticket_queries: Annotated[Listed[QueryName], Field(max_length=8)] = ("ticket",)
     accepted: Annotated[int, Field(ge=0, le=10_000_000)] = 10_000
     accepted_for: Annotated[float, Field(gt=0, le=31_536_000)] = 3_600.0
     trusted_proxies: TrustedProxies = ()
@@ -151,7 +166,8 @@ class AuthFailureLimit(Policy):
             if plan is not None:
                 self.counters.prepare(plan)
         # Made now: the places of one policy in several stacks have them in common, as they have the store.
-        _ = self._local, self._accepted, self._blocked, self._address, self._names
+        _ = self._local, self._accepted, self._blocked, self._address, self._names, self._pairs, self._queries
+        _ = self._failures
         return self
 
     # --- what is known before a request ----------------------------------------------------------------------------
@@ -190,6 +206,10 @@ class AuthFailureLimit(Policy):
         return memory_limits(self.algorithm), self._shared(self.expected_replicas or 1)
 
     @cached_property
+    def _failures(self) -> StoreFailures:
+        return StoreFailures("failure_store_failed")
+
+    @cached_property
     def _accepted(self) -> "_Lately":
         """Digests of credentials. Only right ones get in, so that no flood pushes one out."""
         return _Lately(self.accepted)
@@ -208,6 +228,14 @@ class AuthFailureLimit(Policy):
         return tuple(dict.fromkeys(name.lower().encode("ascii") for name in self.headers))
 
     @cached_property
+    def _pairs(self) -> tuple[SubprotocolPair, ...]:
+        return tuple(map(SubprotocolPair, dict.fromkeys(self.websocket_protocols)))
+
+    @cached_property
+    def _queries(self) -> tuple[bytes, ...]:
+        return tuple(f"&{name}=".encode("ascii") for name in dict.fromkeys(self.ticket_queries))
+
+    @cached_property
     def _remote(self) -> bool:
         return bool(getattr(self.counters, "remote", False))
 
@@ -220,8 +248,15 @@ class AuthFailureLimit(Policy):
 
     # --- the pass --------------------------------------------------------------------------------------------------
 
+    def describe(self, operation: Operation, rule: Any) -> None:
+        operation.answers(AUTH_FAILURES_EXCEEDED, headers=("Retry-After",), retry_after=12)
+        if self._remote and self.on_store_loss == "closed":
+            operation.answers(LIMITS_UNAVAILABLE, headers=("Retry-After",))
+
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
         presented = [ex.headers[name] for name in self._names if name in ex.headers]
+        if ex.kind == "websocket":
+            presented += self._in_handshake(ex)
         if not presented:
             return None
         guarded, mine = ex.get(_Guarded), self._guarded
@@ -231,7 +266,7 @@ class AuthFailureLimit(Policy):
             return None  # an outer one counts this exchange
         else:
             ex.give(_Guarded(guarded.counts | mine.counts))
-        digest = _digest(presented)
+        digest = None if any(map(is_ticket, presented)) else _digest(presented)
         attempt = _Attempt(presented, digest, ex.principal)
         ex.keep(self, attempt)
         now = ex.clock.monotonic()
@@ -258,6 +293,7 @@ class AuthFailureLimit(Policy):
         if not _has_failed(ex, attempt):
             principal = ex.principal
             if principal is not None and principal is not attempt.principal and attempt.digest is not None:
+                # (A ticket has none: it is accepted once, and would only push out what comes again.)
                 self._accepted.add(attempt.digest, ex.clock.monotonic() + self.accepted_for)
             return None
         if attempt.digest is not None:
@@ -269,6 +305,22 @@ class AuthFailureLimit(Policy):
         return None
 
     # --- parts of it -----------------------------------------------------------------------------------------------
+
+    def _in_handshake(self, ex: Exchange) -> list[bytes]:
+        """Credentials where browsers can put them. What cannot be read is refused with 400, and no guess."""
+        found = []
+        for pair in self._pairs:
+            with suppress(ValueError):
+                offered = pair.credential(ex)
+                if offered is not None:
+                    found.append(offered)
+        if ex.query:
+            query = b"&" + ex.query[:MAX_QUERY]
+            for name in self._queries:
+                _, stands, rest = query.partition(name)
+                if stands:
+                    found.append(rest.partition(b"&")[0])
+        return found
 
     def _judge(self, ex: Exchange, attempt: "_Attempt", store: LimitStore, plans: "_Plans") -> Problem | None:
         """Ask a store in this process."""
@@ -292,13 +344,14 @@ class AuthFailureLimit(Policy):
         except StopIteration as answer:
             attempt.judged = not answer.value
             return _refusal(answer.value) if answer.value else None
-        except StoreUnavailableError as lost:
+        except Exception as error:  # noqa: BLE001  a store is somebody else's, and may raise anything
+            wait = self._failures.report(self.counters, error, ex.clock)
             if self.on_store_loss == "local":
                 return self._judge(ex, attempt, *self._local)
             if self.on_store_loss == "open":
                 attempt.judged = True
                 return None
-            return LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=lost.retry_after)
+            return LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=wait)
 
     def _questions(
         self, attempt: "_Attempt", plans: "_Plans", now: float
@@ -352,7 +405,8 @@ class AuthFailureLimit(Policy):
         try:
             for key, plan in self._counted(attempt, self._plans):
                 await cast("Awaitable[Any]", self.counters.charge(key, plan, (1,) * len(plan.windows), now))
-        except StoreUnavailableError:
+        except Exception as error:  # noqa: BLE001  as above
+            self._failures.report(self.counters, error, ex.clock)
             if self.on_store_loss == "local":
                 self._count(ex, attempt, *self._local)
 
@@ -450,8 +504,8 @@ class _Lately:
 
 
 def _has_failed(ex: Exchange, attempt: _Attempt) -> bool:
-    if ex.refused_by is None:
-        return False
+    if ex.refused_by is None or NonceRequired in ex:
+        return False  # who is only asked for a nonce has proved all else
     if attempt.status is not None:
         # `Scopes` asks for a further credential; what was presented is right.
         return attempt.status == 401 and (ex.refused_by != "Scopes" or ex.principal is None)
@@ -479,13 +533,12 @@ def _credential(value: bytes) -> _Credential | None:
     save, and whoever makes tokens up writes what they like."""
     if len(value) > _LONGEST:
         return None
-    token: bytes | None = value
+    token = value
     if value[:7].lower() == b"bearer ":
-        try:
-            token = bearer_token(value)
-        except ValueError:
-            return None
-    if token is None or len(token) > MAX_TOKEN:
+        token = value[7:].lstrip(b" ")
+    elif value[:5].lower() == b"dpop ":
+        token = value[5:].lstrip(b" ")
+    if len(token) > MAX_TOKEN:
         return None
     known = key_id(token)
     if known is not None:

@@ -52,10 +52,15 @@ from sigil_policy.core.catalogue import (
     CREDENTIALS_MALFORMED,
     CREDENTIALS_MISSING,
     KEYS_UNAVAILABLE,
+    PROOF_INVALID,
+    PROOF_NONCE_REQUIRED,
+    TOKEN_INVALID,
+    http_problem,
 )
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Closable, Close, Listed, Policy
 from sigil_policy.core.problems import Problem, ProblemType
 from sigil_policy.identity.challenges import (
@@ -64,6 +69,7 @@ from sigil_policy.identity.challenges import (
     is_preflight,
     offer,
 )
+from sigil_policy.identity.dpop import DPoP
 from sigil_policy.identity.endings import ENDED, close_for, until_credentials_end
 from sigil_policy.identity.fields import HeaderName, Realm
 from sigil_policy.identity.introspection import (
@@ -73,7 +79,8 @@ from sigil_policy.identity.introspection import (
     Introspector,
 )
 from sigil_policy.identity.issuers import Issuer
-from sigil_policy.identity.key_sets import FetchedKeys, KeysUnavailableError, Name
+from sigil_policy.identity.key_sets import FetchedKeys, KeySet, KeysUnavailableError, Name
+from sigil_policy.identity.presented import TicketUsed, TokenInHandshake
 from sigil_policy.identity.senders import Sender, Senders
 from sigil_policy.identity.subprotocols import SubprotocolPair
 from sigil_policy.identity.tokens import KeyUnknownError, TokenCache, TokenError, TokenVerifier, VerifiedToken
@@ -82,6 +89,11 @@ from sigil_policy.wire.jws import MAX_TOKEN
 
 _ACCESS_TOKEN = QueryNames("access_token")
 _MAX_VALUE = len("Bearer ") + MAX_TOKEN
+
+
+def _is_found(issuer: Issuer) -> bool:
+    """Whether the issuer's own metadata says where its keys are."""
+    return issuer.discovery or (isinstance(issuer.keys, KeySet) and issuer.keys.url is None)
 
 
 def _listed(value: Any) -> Any:
@@ -144,7 +156,8 @@ class BearerAuth(Policy):
 
     websocket_protocol: HeaderName | None = None
     """On a WebSocket also take the token behind this subprotocol, as a browser can send it (default None):
-    `new WebSocket(url, ["sigil.bearer", token])` for `"sigil.bearer"`. See `identity/subprotocols.py`."""
+    `new WebSocket(url, ["sigil.bearer", token])` for `"sigil.bearer"`. See `identity/subprotocols.py`. Name it in
+    `websocket_protocols` of `AuthFailureLimit` too, which counts guesses there."""
 
     @field_validator("issuers")
     @classmethod
@@ -160,7 +173,7 @@ class BearerAuth(Policy):
         if self.issuers and self.introspection is not None and self.introspection.introspect_jwts:
             raise ValueError("introspect_jwts leaves nothing to issuers=: a JWT is introspected or verified, not both")
         _ = self._verifier, self._cache, self._rival, self._foreign, self._challenge
-        _ = self._senders, self._invalid_request
+        _ = self._senders, self._invalid_request, self._trusted
         for keys in self._verifier.fetched.values():
             keys.watch(self._cache.clear)
         # A hook that has nothing to do here is taken out of the pass.
@@ -178,6 +191,11 @@ class BearerAuth(Policy):
     @cached_property
     def _cache(self) -> TokenCache:
         return TokenCache(self.cache_size)
+
+    @cached_property
+    def _trusted(self) -> frozenset[str]:
+        asked = () if self.introspection is None else (self.introspection.issuer,)
+        return frozenset((*(issuer.url for issuer in self.issuers), *asked))
 
     @cached_property
     def _rival(self) -> bytes:
@@ -209,6 +227,41 @@ class BearerAuth(Policy):
     def _invalid_request(self) -> HeaderLines:
         return self._senders.invalid_request
 
+    def describe(self, operation: Operation, rule: Any) -> None:
+        found = [issuer for issuer in self.issuers if _is_found(issuer)]
+        for number, issuer in enumerate(found, start=1):
+            operation.accepts(
+                "OpenIdConnect" if len(found) == 1 else f"OpenIdConnect{number}",
+                {
+                    "type": "openIdConnect",
+                    "openIdConnectUrl": f"{issuer.url.rstrip('/')}/.well-known/openid-configuration",
+                    "description": "An access token of this issuer, in the header Authorization",
+                },
+                kind="bearer",
+                issuers=frozenset((issuer.url,)),
+            )
+        others = [issuer.url for issuer in self.issuers if not _is_found(issuer)]
+        if self.introspection is not None:
+            others.append(self.introspection.named)
+        if others:
+            scheme = {"type": "http", "scheme": "bearer", "description": "An access token, in the header Authorization"}
+            if self.introspection is None:
+                scheme["bearerFormat"] = "JWT"
+            operation.accepts("BearerToken", scheme, kind="bearer", issuers=frozenset(others))
+        operation.required = operation.required or self.required
+        if self.required:
+            operation.answers(CREDENTIALS_MISSING, headers=("WWW-Authenticate",))
+        operation.answers(TOKEN_INVALID, CREDENTIALS_MALFORMED, headers=("WWW-Authenticate",))
+        if self.conflicts_with is not None:
+            operation.answers(CREDENTIALS_CONFLICTING, headers=("WWW-Authenticate",))
+        if not self.tolerate_leaked_query_tokens:
+            operation.answers(CREDENTIALS_IN_QUERY, headers=("WWW-Authenticate",))
+        if self._verifier.fetched or self.introspection is not None:
+            operation.answers(KEYS_UNAVAILABLE, headers=("Retry-After",))
+        if any(isinstance(sender, DPoP) for sender in self.sender):
+            operation.answers(PROOF_INVALID, PROOF_NONCE_REQUIRED, headers=("WWW-Authenticate",))
+            operation.answers(http_problem(503), headers=("Retry-After",))
+
     def on_request(self, ex: Exchange) -> Problem | Awaitable[Problem | None] | None:
         value = ex.headers.get(b"authorization")
         if ex.method == "OPTIONS" and is_preflight(ex):
@@ -222,17 +275,22 @@ class BearerAuth(Policy):
             except ValueError:
                 return self._bad_request(CREDENTIALS_MALFORMED, "The subprotocols carry no token")
             if offered is not None:
-                if value is not None:
-                    return self._bad_request(CREDENTIALS_CONFLICTING, "The handshake carries two tokens")
+                if value is not None or (self._rival and TicketUsed in ex):
+                    return self._bad_request(CREDENTIALS_CONFLICTING, "The handshake carries two credentials")
                 value = b"Bearer " + offered
+                if self._foreign is None or not offered.startswith(self._foreign):
+                    ex.give(TokenInHandshake(self.websocket_protocol or ""))
         if value is None:
+            if TokenInHandshake in ex:
+                # An outer BearerAuth looks where this one does not, and may trust other issuers.
+                return self._senders.refused(ex)
             return self._without_token(ex)
         if self._rival in ex.headers:
             return self._bad_request(CREDENTIALS_CONFLICTING, "The request carries two kinds of credentials")
         if b"authorization" in ex.repeated:
             return self._bad_request(CREDENTIALS_MALFORMED, "The request carries more than one Authorization header")
         known = ex.principal
-        if known is not None and self._rival and _is_another(known):
+        if known is not None and self._rival and all(map(_is_another, ex.principals)):
             return None  # an outer policy of another kind has answered for the caller
         if len(value) > _MAX_VALUE:
             return self._verify(ex, value, None)
@@ -255,9 +313,8 @@ class BearerAuth(Policy):
         except ValueError:
             return self._bad_request(CREDENTIALS_MALFORMED, "The Authorization header carries no token")
         if token is None or (self._foreign is not None and token.startswith(self._foreign)):
-            known = ex.principal
-            if known is not None and value[:5].lower() == b"dpop " and not _is_another(known):
-                # An outer BearerAuth takes a scheme that this one does not, and may trust other issuers.
+            if (token is not None or value[:5].lower() == b"dpop ") and not all(map(_is_another, ex.principals)):
+                # An outer BearerAuth takes a scheme, or tokens, that this one does not, and may trust other issuers.
                 return self._senders.refused(ex)
             return self._without_token(ex)
         if len(token) > MAX_TOKEN:
@@ -391,7 +448,11 @@ class BearerAuth(Policy):
         return (*self._verifier.fetched.values(), *asked, *self._senders.resources())
 
     def _without_token(self, ex: Exchange) -> Problem | None:
-        if ex.principal is not None:
+        known = ex.principal
+        if known is not None:
+            if TicketUsed in ex and not _is_another(known) and known.issuer not in self._trusted:
+                # Sold where others are trusted, too.
+                return self._senders.refused(ex)
             if not self._rival:
                 offer(ex, self._challenge)  # a route may take both
             return None

@@ -10,8 +10,9 @@
 
 What it guarantees:
 
-* An `Origin` that is not listed is refused with 403, `null` too; it is what keeps a page that has rebound its name off
-  a server on this machine. A client that sends no `Origin` is no web page, and passes.
+* An `Origin` that is not listed is refused with 403, `null` too; it is what keeps a page that has rebound its name from
+  calling a server on this machine: browsers send it with every POST. What comes without one passes: a client that is no
+  web page, or a GET of a page that has the server's own name. No page gets a token that it does not have.
 * What a call is judged by is what the server executes: the message in the body. It is read up to `body_limit`, and has
   to be one message. `Mcp-Method`, `Mcp-Name` and `MCP-Protocol-Version` have to agree with it; where they contradict
   it, or are missing in a version of the protocol that requires them, the answer is 400 with the JSON-RPC error -32020.
@@ -33,13 +34,19 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT, http_problem
+from sigil_policy.core.catalogue import (
+    CREDENTIALS_MISSING,
+    PROOF_INVALID,
+    PROOF_NONCE_REQUIRED,
+    SCOPE_INSUFFICIENT,
+    http_problem,
+)
 from sigil_policy.core.exchange import BodyTooLargeError, Exchange
 from sigil_policy.core.facts import Principal
 from sigil_policy.core.policy import Answer, Listed, Policy
 from sigil_policy.core.problems import Problem, ProblemStyle, Reply, close_code, encode_json
 from sigil_policy.core.routing import has_dot_segment, parse_route
-from sigil_policy.identity.challenges import Challenges, asking_for, challenge_line, is_preflight
+from sigil_policy.identity.challenges import Challenges, asking_for, challenge_line, is_preflight, token_scheme
 from sigil_policy.identity.fields import Scope
 from sigil_policy.wire.authorization import challenge, is_scope_token, split_scopes
 from sigil_policy.wire.mcp import (
@@ -68,6 +75,8 @@ _OAUTH_CODES = {
     "AUTH_006": "invalid_request",
     "AUTH_007": "invalid_request",
     "AUTH_008": "temporarily_unavailable",
+    PROOF_INVALID.code: "invalid_dpop_proof",
+    PROOF_NONCE_REQUIRED.code: "use_dpop_nonce",
 }
 
 ErrorForm = Literal["problem", "oauth"]
@@ -279,10 +288,10 @@ class McpTools(Policy):
         tool, scopes = self._rule(method, name)
         if self.superscope is None or self.superscope not in principal.scopes:
             if scopes is None:
-                return self._forbidden(principal, () if self.superscope is None else (self.superscope,), ())
+                return self._forbidden(ex, principal, () if self.superscope is None else (self.superscope,), ())
             missing = [scope for scope in scopes if scope not in self._held(principal)]
             if missing:
-                return self._forbidden(principal, scopes, missing)
+                return self._forbidden(ex, principal, scopes, missing)
         ex.give(McpCall(method, tool))
         return None
 
@@ -309,8 +318,8 @@ class McpTools(Policy):
             "This server takes an authenticated caller", headers=asking_for(lines, scopes) if scopes else lines
         )
 
-    def _forbidden(self, principal: Principal, scopes: Sequence[str], missing: Sequence[str]) -> Problem:
-        line = challenge("Bearer", realm=principal.realm, error="insufficient_scope", scope=scopes)
+    def _forbidden(self, ex: Exchange, principal: Principal, scopes: Sequence[str], missing: Sequence[str]) -> Problem:
+        line = challenge(token_scheme(ex), realm=principal.realm, error="insufficient_scope", scope=scopes)
         return SCOPE_INSUFFICIENT(
             f"This call takes {'the scopes ' + ', '.join(scopes) if scopes else 'what no scope gives'}",
             headers=((b"www-authenticate", line),),

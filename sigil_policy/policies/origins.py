@@ -33,6 +33,7 @@ from pydantic import field_validator, model_validator
 from sigil_policy.core.catalogue import http_problem
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import parse_route
@@ -82,6 +83,10 @@ class AllowedOrigins(Policy):
 
     def rules(self) -> Mapping[str, bool]:
         return dict.fromkeys(self.exempt, True)
+
+    def describe(self, operation: Operation, rule: bool | None) -> None:
+        if self.unsafe_methods and operation.method not in _SAFE and not rule:
+            operation.answers(http_problem(403))
 
     def on_request(self, ex: Exchange) -> Problem | None:
         socket = ex.kind == "websocket"

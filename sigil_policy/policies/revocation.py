@@ -24,7 +24,7 @@ What it guarantees:
   nobody came for so long, waits for a trip, and all that come meanwhile for the same one.
 * **When the store is away**, the copy decides for `stale_for` seconds after it was last known to be complete. Then, and
   in a process that has never read it, `on_store_loss` says what holds: "closed" answers 503 with `Retry-After`, "open"
-  goes on with what is known.
+  goes on with what is known. That goes for a store that raises anything else, too.
 
 Without `jti` a token cannot be revoked alone, only by its caller, its issuer, or with all others. Without `iat` it
 counts as issued before every moment. An API key has neither, and no issuer: it is met by `subject`, and by what is
@@ -35,7 +35,6 @@ section 3.1 ("revoked" is `invalid_token`); RFC 7519 sections 4.1.6 and 4.1.7; R
 """
 
 from collections.abc import Awaitable, Iterable
-from contextlib import suppress
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -44,12 +43,13 @@ from pydantic import Field, model_validator
 from sigil_policy.core.catalogue import KEY_INVALID, TOKEN_INVALID, http_problem
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Answer, Closable, Close, Policy
 from sigil_policy.core.problems import Problem
-from sigil_policy.identity.challenges import challenge_line
+from sigil_policy.identity.challenges import challenge_line, token_scheme
 from sigil_policy.identity.endings import close_for
 from sigil_policy.identity.fields import Scheme
-from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.identity.store_failures import StoreFailures
 from sigil_policy.stores.revocations import RevocationStore
 from sigil_policy.stores.urls import found_by, revocation_store
 
@@ -103,6 +103,10 @@ class Revocation(Policy):
         return cast("RevocationStore", self.store)
 
     @cached_property
+    def _failures(self) -> StoreFailures:
+        return StoreFailures("revocation_store_failed")
+
+    @cached_property
     def _remote(self) -> bool:
         return bool(getattr(self.store, "remote", False))
 
@@ -111,12 +115,20 @@ class Revocation(Policy):
 
     # --- the pass --------------------------------------------------------------------------------------------------
 
+    def describe(self, operation: Operation, rule: Any) -> None:
+        operation.answers(TOKEN_INVALID, KEY_INVALID, headers=("WWW-Authenticate",))
+        if self._remote and self.on_store_loss == "closed":
+            operation.answers(http_problem(503), headers=("Retry-After",))
+
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
         if ex.principal is None:
             return None
-        if self._remote and self._revocations.age(ex.clock.monotonic()) >= self.delay:
-            return self._judge_later(ex)
-        return self._judge(ex)
+        try:
+            if self._remote and self._revocations.age(ex.clock.monotonic()) >= self.delay:
+                return self._judge_later(ex)
+            return self._judge(ex)
+        except Exception as error:  # noqa: BLE001  a store is somebody else's, and may raise anything
+            return self._lost(ex, error)
 
     def on_check(self, ex: Exchange) -> float | Close | Awaitable[float | Close]:
         answer = self.on_request(ex)
@@ -126,8 +138,12 @@ class Revocation(Policy):
         return close_for(await judging) or self.recheck
 
     def on_finish(self, ex: Exchange) -> Awaitable[None] | None:
-        store, now = self._revocations, ex.clock.monotonic()
-        return None if store.age(now) < self.delay / 2 or store.resting(now) else _refreshed(store, now)
+        try:
+            store, now = self._revocations, ex.clock.monotonic()
+            return None if store.age(now) < self.delay / 2 or store.resting(now) else self._refreshed(ex)
+        except Exception as error:  # noqa: BLE001  a store is somebody else's: nobody's response fails with it
+            self._failures.report(self.store, error, ex.clock)
+            return None
 
     # --- parts of it -----------------------------------------------------------------------------------------------
 
@@ -137,11 +153,25 @@ class Revocation(Policy):
         wait = 1.0
         try:
             await store.refresh(now)
-        except StoreUnavailableError as lost:
-            wait = lost.retry_after
-        if store.age(now) >= self.stale_for and self.on_store_loss == "closed":
-            return http_problem(503)("Credentials cannot be checked at the moment.", retry_after=wait)
-        return self._judge(ex)
+        except Exception as error:  # noqa: BLE001  as above
+            wait = self._failures.report(self.store, error, ex.clock)
+        try:
+            if store.age(now) >= self.stale_for and self.on_store_loss == "closed":
+                return _unavailable(wait)
+            return self._judge(ex)
+        except Exception as error:  # noqa: BLE001  as above
+            return self._lost(ex, error)
+
+    def _lost(self, ex: Exchange, error: Exception) -> Problem | None:
+        wait = self._failures.report(self.store, error, ex.clock)
+        return _unavailable(wait) if self.on_store_loss == "closed" else None
+
+    async def _refreshed(self, ex: Exchange) -> None:
+        """Nobody waits for it: who needs it and finds the copy too old asks again."""
+        try:
+            await self._revocations.refresh(ex.clock.monotonic())
+        except Exception as error:  # noqa: BLE001  as above
+            self._failures.report(self.store, error, ex.clock)
 
     def _judge(self, ex: Exchange) -> Problem | None:
         """Every credential that vouches, also one that only cosigns: one that was revoked is a wrong one."""
@@ -162,7 +192,7 @@ class Revocation(Policy):
             now=ex.clock.time(),
         ):
             return None
-        invalid = challenge_line("Bearer", principal.realm, "invalid_token")
+        invalid = challenge_line(token_scheme(ex), principal.realm, "invalid_token")
         if principal.kind != "api_key":
             return TOKEN_INVALID("The access token is not valid", headers=(invalid,))
         as_bearer = ex.headers.get(b"authorization", b"")[:7].lower() == b"bearer "
@@ -171,7 +201,5 @@ class Revocation(Policy):
         return KEY_INVALID("The API key is not valid", headers=lines)
 
 
-async def _refreshed(store: RevocationStore, now: float) -> None:
-    """Nobody waits for it: who needs it and finds the copy too old asks again."""
-    with suppress(StoreUnavailableError):
-        await store.refresh(now)
+def _unavailable(wait: float) -> Problem:
+    return http_problem(503)("Credentials cannot be checked at the moment.", retry_after=wait)

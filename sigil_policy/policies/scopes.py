@@ -47,10 +47,11 @@ from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal, Public
 from sigil_policy.core.host import Resolution
 from sigil_policy.core.marks import Marks
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import has_dot_segment, parse_route
-from sigil_policy.identity.challenges import Challenges, challenge_line, is_preflight
+from sigil_policy.identity.challenges import Challenges, challenge_line, is_preflight, token_scheme
 from sigil_policy.identity.fields import Scope
 from sigil_policy.identity.requirements import (
     AllOf,
@@ -140,6 +141,21 @@ class Scopes(Policy):
             return AnyOf(*marks.any_scope)
         return None if marks.scopes is None else AllOf(*marks.scopes)
 
+    def describe(self, operation: Operation, rule: Requirement | Public | None) -> None:
+        if isinstance(rule, Public):
+            operation.public = True
+            return
+        operation.requires = rule = AllOf() if rule is None else rule
+        operation.answers(CREDENTIALS_MISSING, headers=("WWW-Authenticate",))
+        if rule != AllOf():
+            operation.answers(
+                SCOPE_INSUFFICIENT, headers=("WWW-Authenticate",), required_scopes=["a"], missing_scopes=["a"]
+            )
+        if type(rule) not in _SCOPES_ALONE:
+            operation.answers(http_problem(403))
+        if "{" in operation.path:
+            operation.answers(http_problem(400))  # a dot segment
+
     def on_request(self, ex: Exchange) -> Problem | None:
         rule: Requirement | Public | None = ex.rule(self)
         principal = ex.principal
@@ -168,7 +184,7 @@ class Scopes(Policy):
         if standing is Standing.HELD:
             return None
         if standing is Standing.LACKING:
-            return self._forbidden(rule.lacks(case))
+            return self._forbidden(ex, rule.lacks(case))
         if standing is Standing.ABSENT:
             return self._unknown(ex, "This route takes another credential, or a further one")
         # Whose would do is not told: it would help only who looks for a way in.
@@ -182,10 +198,10 @@ class Scopes(Policy):
             headers=_DEFAULT_CHALLENGE if offered is None else offered.lines,
         )
 
-    def _forbidden(self, lacks: list[Lack]) -> Problem:
+    def _forbidden(self, ex: Exchange, lacks: list[Lack]) -> Problem:
         required = list(dict.fromkeys(scope for lack in lacks for scope in lack.scopes.scopes))
         missing = (scope for lack in lacks for scope in lack.scopes.missing(lack.principal.scopes))
-        line = challenge("Bearer", realm=lacks[0].principal.realm, error="insufficient_scope", scope=required)
+        line = challenge(token_scheme(ex), realm=lacks[0].principal.realm, error="insufficient_scope", scope=required)
         return SCOPE_INSUFFICIENT(
             f"This route takes {' and '.join(dict.fromkeys(map(str, lacks)))}",
             headers=((b"www-authenticate", line),),

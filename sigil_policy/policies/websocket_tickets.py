@@ -21,17 +21,22 @@ What they guarantee:
   bought it. Policies further in see no difference: a revoked token's ticket is refused by `Revocation`, and counts
   against the same limits.
 * **It never outlives the credential**: it holds for `ttl` seconds, or until the credential ends, if that is sooner. A
-  connection ends when the credential ends that bought its ticket, with close code 4401.
+  connection ends when the credential ends that bought its ticket, with close code 4401. Where an `ApiKeyAuth` judges
+  the connection too, that goes for an API key that is revoked, or may do less: it looks the key up, in the handshake
+  and then every `recheck` seconds. A `BearerAuth` further in takes tickets of its own issuers' tokens alone.
 * **Bound to the page that bought it**: where the purchase had an `Origin`, the handshake has the same. With `audience`
   it opens the routes of that audience alone.
 * **One answer for every wrong ticket**: unknown, used, ended, bought elsewhere: 401 `AUTH_009`, in the same words.
 * 256 random bits; the store has a digest of the ticket and, until it is used, what is known of the caller. A caller has
   at most `per_caller` unused ones. The answer is never cached.
-* **Closed when the store is away**: 503 with `Retry-After`, for handshakes with a ticket and for purchases.
+* **Closed when the store is away**, whatever it raises, or does not answer within `deadline`: 503 with `Retry-After`,
+  for handshakes with a ticket and for purchases. What it raised is in the log (`ticket_store_failed`), at most once in
+  10 seconds.
 
-What it cannot: show again what was checked at the purchase. An API key that is ended in its store later is noticed by
-the next purchase, and not by the connection; `Revocation` ends that. A token that is bound to its sender proves that
-when it buys; the ticket is good for whoever has it. Of several credentials that vouch together it stands for the first.
+What it cannot: show again what was checked at the purchase. That an opaque token was revoked, or an API key where no
+`ApiKeyAuth` judges the connection, is noticed by the next purchase, and not by the connection; `Revocation` ends that.
+A token that is bound to its sender proves that when it buys; the ticket is good for whoever has it. Several credentials
+that vouch together buy none: a ticket stands for one.
 
 A ticket is no credential for anything but a WebSocket. It may stand in a query, where logs of servers and proxies keep
 it: when they are read, it is long used up. `AccessLog` logs no query unasked. The other way is a pair of subprotocols,
@@ -47,6 +52,7 @@ from collections.abc import Awaitable, Iterable, Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, cast
 
+from anyio import fail_after
 from pydantic import Field, model_validator
 
 from sigil_policy.core.catalogue import (
@@ -62,14 +68,17 @@ from sigil_policy.core.facts import Principal
 from sigil_policy.core.policy import Answer, Closable, Close, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import has_dot_segment, parse_route
-from sigil_policy.identity.challenges import Challenges, HeaderLines, challenge_line, offer
+from sigil_policy.identity.challenges import Challenges, HeaderLines, challenge_line, offer, token_scheme
 from sigil_policy.identity.endings import until_credentials_end
-from sigil_policy.identity.fields import HeaderName, Label, Realm
+from sigil_policy.identity.fields import HeaderName, Label, QueryName, Realm
+from sigil_policy.identity.presented import KeyUsed, TicketUsed
+from sigil_policy.identity.store_failures import StoreFailures
 from sigil_policy.identity.subprotocols import SubprotocolPair
-from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.tickets import MAX_TTL, Ticket, TicketStore, is_ticket, new_ticket, ticket_digest
 from sigil_policy.stores.urls import found_by, ticket_store
+from sigil_policy.wire.authorization import MAX_QUERY
 
+_EVENT = "ticket_store_failed"
 _LONGEST_ORIGIN = 512
 _DEFAULT_CHALLENGE = (challenge_line("Bearer", "api"),)
 
@@ -87,7 +96,7 @@ class WebSocketTicketAuth(Policy):
 
     Answers 401 `AUTH_009` (the ticket), 400 `AUTH_003` (more than one, or a list of subprotocols that cannot be read),
     400 `AUTH_006` (another credential beside it), each with a `WWW-Authenticate` line, and 503 `SRV_503` with
-    `Retry-After` while the store is away. A handshake without a ticket goes on as it came.
+    `Retry-After` while the store is away. A handshake without a ticket goes on as it came. Gives `TicketUsed`.
     """
 
     gives: ClassVar[tuple[type, ...]] = (Principal, Challenges)
@@ -95,13 +104,14 @@ class WebSocketTicketAuth(Policy):
     store: Annotated[Any, found_by(ticket_store)]
     """Where the tickets are, that of `WebSocketTickets`: a `TicketStore`, or the URL of a Redis or Valkey server."""
 
-    query: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = "ticket"
-    """The query parameter that carries the ticket, in exactly this spelling (default `"ticket"`; None: no parameter).
-    """
+    query: QueryName | None = "ticket"
+    """The query parameter that carries the ticket, in exactly this spelling and within the first 8 KiB (default
+    `"ticket"`; None: no parameter)."""
 
     websocket_protocol: HeaderName | None = None
     """The subprotocol in front of a ticket: `new WebSocket(url, ["sigil.ticket", ticket])` (default None: none). It is
-    what the answer selects, if the application selects nothing else."""
+    what the answer selects, if the application selects nothing else. Name it in `websocket_protocols` of
+    `AuthFailureLimit` too, which counts guesses there."""
 
     audiences: Mapping[str, Label] = Field(default_factory=dict)
     """From route to the audience whose tickets open it, and no others: `{"/ws/admin/**": "admin"}` (default none)."""
@@ -112,6 +122,9 @@ class WebSocketTicketAuth(Policy):
     conflicts_with: Annotated[Listed[HeaderName], Field(max_length=8)] = ("Authorization", "X-API-Key")
     """Refuse handshakes that carry one of these headers beside a ticket (default `"Authorization", "X-API-Key"`)."""
 
+    deadline: Annotated[float, Field(ge=0.001, le=60)] = 2.0
+    """Seconds that the store may take (default 2); then 503. A store may have a shorter one itself."""
+
     @model_validator(mode="after")
     def _prepare(self) -> Self:
         _check_store(self.store)
@@ -120,6 +133,7 @@ class WebSocketTicketAuth(Policy):
         for route in self.audiences:
             parse_route(route)
         _ = self._parameter, self._pair, self._rivals, self._challenge, self._invalid_request, self._invalid_token
+        _ = self._failures
         if self.websocket_protocol is None:
             # A hook that has nothing to do here is taken out of the pass.
             object.__setattr__(self, "on_response", None)
@@ -132,6 +146,10 @@ class WebSocketTicketAuth(Policy):
     @cached_property
     def _pair(self) -> SubprotocolPair | None:
         return None if self.websocket_protocol is None else SubprotocolPair(self.websocket_protocol)
+
+    @cached_property
+    def _failures(self) -> StoreFailures:
+        return StoreFailures(_EVENT)
 
     @cached_property
     def _rivals(self) -> tuple[bytes, ...]:
@@ -171,17 +189,19 @@ class WebSocketTicketAuth(Policy):
             return CREDENTIALS_CONFLICTING(
                 "The handshake carries a ticket and another credential", headers=self._invalid_request
             )
+        used = ex.get(TicketUsed)
+        if used is not None:
+            # An outer one has taken it, and may know less of what it is for.
+            return None if self._opens(ex, used.audience) else self._refused()
         if ex.principal is not None:
-            return None  # an outer policy has answered for the caller, perhaps by this very ticket
+            return None  # an outer policy has answered for the caller
         if not is_ticket(presented[0]):
             return self._refused()
         try:
             record = cast("TicketStore", self.store).redeem(ticket_digest(presented[0]), ex.clock.monotonic())
-        except StoreUnavailableError as lost:
-            return _unavailable(lost)
-        if record is None or isinstance(record, bytes):
-            return self._judge(ex, record)
-        return self._judge_later(ex, record)
+        except Exception as error:  # noqa: BLE001  a store is somebody else's: whatever it raises, nobody is let in
+            return self._unavailable(ex, error)
+        return self._judge_later(ex, record) if isinstance(record, Awaitable) else self._judge(ex, record)
 
     def on_check(self, ex: Exchange) -> Close | float | None:
         return until_credentials_end(ex)
@@ -196,7 +216,7 @@ class WebSocketTicketAuth(Policy):
         """The tickets that came, each way. `ValueError` for what cannot be read in one way alone."""
         presented = []
         if self._parameter is not None and ex.query:
-            values = (b"&" + ex.query).split(self._parameter, 2)[1:]
+            values = (b"&" + ex.query[:MAX_QUERY]).split(self._parameter, 2)[1:]
             if len(values) > 1:
                 raise ValueError("the parameter stands in the query twice")
             presented += [value.partition(b"&")[0] for value in values]
@@ -205,16 +225,25 @@ class WebSocketTicketAuth(Policy):
 
     async def _judge_later(self, ex: Exchange, redeeming: Awaitable[bytes | None]) -> Problem | None:
         try:
-            record = await redeeming
-        except StoreUnavailableError as lost:
-            return _unavailable(lost)
+            with fail_after(self.deadline):
+                record = await redeeming
+        except Exception as error:  # noqa: BLE001  as above
+            return self._unavailable(ex, error)
         return self._judge(ex, record)
 
-    def _judge(self, ex: Exchange, record: bytes | None) -> Problem | None:
+    def _unavailable(self, ex: Exchange, error: Exception) -> Problem:
+        return _unavailable(self._failures.report(self.store, error, ex.clock))
+
+    def _judge(self, ex: Exchange, record: object) -> Problem | None:
+        if record is not None and not isinstance(record, bytes):
+            return self._unavailable(ex, TypeError("redeem returns bytes or None"))
         ticket = None if record is None else Ticket.decode(record)
         if ticket is None or not self._fits(ex, ticket):
             return self._refused()
         ex.authenticate(ticket.principal)
+        known = ticket.key_id is not None and ticket.key_header is not None
+        key = KeyUsed(ticket.key_id or "", ticket.key_header or "") if known else None
+        ex.give(TicketUsed(key, ticket.audience))
         return None
 
     def _fits(self, ex: Exchange, ticket: Ticket) -> bool:
@@ -223,8 +252,11 @@ class WebSocketTicketAuth(Policy):
             return False
         if ticket.origin is not None and ex.headers.get(b"origin") != ticket.origin.encode("latin-1"):
             return False
+        return self._opens(ex, ticket.audience)
+
+    def _opens(self, ex: Exchange, audience: str | None) -> bool:
         # A path with a dot segment has no rule, and may lead to a route that has one.
-        return ticket.audience == ex.rule(self) and not (self.audiences and has_dot_segment(ex.path))
+        return audience == ex.rule(self) and not (self.audiences and has_dot_segment(ex.path))
 
     def _refused(self) -> Problem:
         return TICKET_INVALID("The ticket is not valid", headers=self._invalid_token)
@@ -263,12 +295,20 @@ class WebSocketTickets(Policy):
     """Which routes the tickets open, as `audiences` of `WebSocketTicketAuth` names them (default None: those that are
     not in its table)."""
 
+    deadline: Annotated[float, Field(ge=0.001, le=60)] = 2.0
+    """Seconds that the store may take (default 2); then 503. A store may have a shorter one itself."""
+
     @model_validator(mode="after")
     def _prepare(self) -> Self:
         _check_store(self.store)
+        _ = self._failures
         if parse_route(self.path).method is not None:
             raise ValueError(f"path is {self.path!r}; write the path alone, tickets are sold by POST")
         return self
+
+    @cached_property
+    def _failures(self) -> StoreFailures:
+        return StoreFailures(_EVENT)
 
     def rules(self) -> Mapping[str, bool]:
         return {self.path: True}
@@ -288,6 +328,11 @@ class WebSocketTickets(Policy):
                 "Tickets are sold to authenticated callers",
                 headers=_DEFAULT_CHALLENGE if offered is None else offered.lines,
             )
+        if len(ex.principals) > 1:
+            return CREDENTIALS_CONFLICTING(
+                "A ticket stands for one credential",
+                headers=(challenge_line(token_scheme(ex), principal.realm, "invalid_request"),),
+            )
         origin = ex.headers.get(b"origin") if self.bind_origin else None
         if origin is not None and (b"origin" in ex.repeated or len(origin) > _LONGEST_ORIGIN):
             return http_problem(400)("The Origin header cannot be read")
@@ -295,7 +340,7 @@ class WebSocketTickets(Policy):
         if principal.expires is not None:
             ttl = max(0.0, min(ttl, principal.expires - ex.clock.time()))
         try:
-            record = Ticket(principal, None if origin is None else origin.decode("latin-1"), self.audience).encode()
+            record = _ticket(ex, principal, origin, self.audience).encode()
         except ValueError:
             return http_problem(422)("This credential says more of its caller than a ticket can carry")
         text = new_ticket()
@@ -308,17 +353,24 @@ class WebSocketTickets(Policy):
                 ttl=ttl,
                 now=ex.clock.monotonic(),
             )
-        except StoreUnavailableError as lost:
-            return _unavailable(lost)
-        return self._later(text, ttl, wait) if isinstance(wait, Awaitable) else self._answer(text, ttl, wait)
+        except Exception as error:  # noqa: BLE001  a store is somebody else's, and may raise anything
+            return self._unavailable(ex, error)
+        return self._later(ex, text, ttl, wait) if isinstance(wait, Awaitable) else self._answer(ex, text, ttl, wait)
 
-    async def _later(self, text: str, ttl: float, issuing: Awaitable[float]) -> Answer:
+    async def _later(self, ex: Exchange, text: str, ttl: float, issuing: Awaitable[float]) -> Answer:
         try:
-            return self._answer(text, ttl, await issuing)
-        except StoreUnavailableError as lost:
-            return _unavailable(lost)
+            with fail_after(self.deadline):
+                wait = await issuing
+        except Exception as error:  # noqa: BLE001  as above
+            return self._unavailable(ex, error)
+        return self._answer(ex, text, ttl, wait)
 
-    def _answer(self, text: str, ttl: float, wait: float) -> Answer:
+    def _unavailable(self, ex: Exchange, error: Exception) -> Problem:
+        return _unavailable(self._failures.report(self.store, error, ex.clock))
+
+    def _answer(self, ex: Exchange, text: str, ttl: float, wait: float) -> Answer:
+        if type(wait) not in (int, float):
+            return self._unavailable(ex, TypeError("issue returns seconds"))
         if wait > 0:
             return TICKETS_EXCEEDED(
                 f"This caller has {self.per_caller} tickets that were not used yet", retry_after=wait
@@ -336,5 +388,16 @@ class WebSocketTickets(Policy):
         )
 
 
-def _unavailable(lost: StoreUnavailableError) -> Problem:
-    return http_problem(503)("Tickets cannot be issued or checked at the moment", retry_after=lost.retry_after)
+def _ticket(ex: Exchange, principal: Principal, origin: bytes | None, audience: str | None) -> Ticket:
+    key = ex.get(KeyUsed) if principal.kind == "api_key" else None
+    return Ticket(
+        principal,
+        None if origin is None else origin.decode("latin-1"),
+        audience,
+        None if key is None else key.id,
+        None if key is None else key.header,
+    )
+
+
+def _unavailable(wait: float) -> Problem:
+    return http_problem(503)("Tickets cannot be issued or checked at the moment", retry_after=wait)

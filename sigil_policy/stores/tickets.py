@@ -35,13 +35,17 @@ from typing import Any, NamedTuple, Protocol
 
 from sigil_policy.core.facts import Principal
 from sigil_policy.stores.limits import StoreUnavailableError
-from sigil_policy.wire.jws import parse_object
+from sigil_policy.wire.jws import MAX_CONTAINERS, MAX_DEPTH, parse_object
 
 MAX_TTL = 300.0
 """Seconds that a ticket holds, at most."""
 
-MAX_RECORD = 8_192
+MAX_RECORD = 4_096
 """Bytes of what is kept for a ticket, at most."""
+
+# What takes long for its length: members and elements, of which an object or an array counts as four; and doubles.
+_MOST_ITEMS = 384
+_MOST_DOUBLES = 32
 
 _PREFIX = "wst_"  # so that one that has leaked is found
 _TICKET = re.compile(rb"wst_[A-Za-z0-9_-]{43}")
@@ -65,15 +69,33 @@ def ticket_digest(text: bytes | str) -> bytes:
 
 
 class Ticket(NamedTuple):
-    """What a ticket says: whom it stands for, from which `Origin` alone it is taken, and what for (None: any)."""
+    """What a ticket says: whom it stands for, from which `Origin` alone it is taken, and what for (None: any).
+
+    `key_id` is the public id of the API key that bought it, and `key_header` the header that such keys come in, where
+    one did.
+    """
 
     principal: Principal
     origin: str | None = None
     audience: str | None = None
+    key_id: str | None = None
+    key_header: str | None = None
 
     def encode(self) -> bytes:
-        """As JSON. `ValueError` for more than `MAX_RECORD` bytes, and for claims that JSON cannot say."""
+        """As JSON. `ValueError` for more than `MAX_RECORD` bytes, 384 scopes, or 384 members and elements of the claims
+        (an object or an array counts as four), and for what `decode` would not read."""
+        record = self._encode()
+        if record is None or len(record) > MAX_RECORD:
+            # Outside of the handler: an error that shows the claims is not chained here.
+            raise ValueError(
+                f"what is known of the caller is no JSON, or has more than {MAX_RECORD} bytes or {_MOST_ITEMS} items"
+            )
+        return record
+
+    def _encode(self) -> bytes | None:
         principal = self.principal
+        if not principal.subject or len(principal.scopes) > _MOST_ITEMS:
+            return None
         members = {
             "version": _VERSION,
             "subject": principal.subject,
@@ -82,19 +104,21 @@ class Ticket(NamedTuple):
             "kind": principal.kind,
             "issuer": principal.issuer,
             "realm": principal.realm,
-            "claims": principal.claims,
+            "claims": None,
             "expires": principal.expires,
             "origin": self.origin,
             "audience": self.audience,
+            "key_id": self.key_id,
+            "key_header": self.key_header,
         }
         try:
-            record = json.dumps(members, allow_nan=False, separators=(",", ":"), default=_plain).encode("ascii")
-            whole = len(record) <= MAX_RECORD and Ticket.decode(record) is not None
-        except (TypeError, ValueError, RecursionError):
-            whole = False
-        if not whole:
-            raise ValueError(f"what is known of the caller is no JSON, or has more than {MAX_RECORD} bytes")
-        return record
+            members["claims"] = _plain(principal.claims, MAX_DEPTH - 1, [_MOST_ITEMS, _MOST_DOUBLES])
+            # Half of a surrogate pair is no character, and fails to be encoded.
+            record = _ENCODER.encode(members).encode("utf-8")
+        except (TypeError, ValueError):
+            return None
+        # Counted in the text, as it will be when it is read.
+        return record if record.count(b"[") + record.count(b"{") <= MAX_CONTAINERS else None
 
     @classmethod
     def decode(cls, record: bytes) -> "Ticket | None":
@@ -122,7 +146,7 @@ class Ticket(NamedTuple):
             claims=_frozen(members["claims"]),
             expires=expires,
         )
-        return cls(principal, members["origin"], members["audience"])
+        return cls(principal, *(members[name] for name in ("origin", "audience", "key_id", "key_header")))
 
 
 _TEXT, _TEXT_OR_NONE = (str,), (str, type(None))
@@ -137,14 +161,36 @@ _SHAPE: Mapping[str, tuple[type, ...]] = {
     "expires": (int, float, type(None)),
     "origin": _TEXT_OR_NONE,
     "audience": _TEXT_OR_NONE,
+    "key_id": _TEXT_OR_NONE,
+    "key_header": _TEXT_OR_NONE,
 }
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
-def _plain(value: Any) -> Any:
-    """Claims are read-only mappings; what else JSON does not know is nothing that a token says."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} is nothing that JSON can say")
+def _plain(value: Any, depth: int, left: list[int]) -> Any:
+    """`value` as JSON's own types. `left` is how many items and doubles it may still have; `ValueError` for more, and
+    for what is nothing that a token says."""
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if kind is float:
+        left[1] -= 1
+        if left[1] < 0:
+            raise ValueError("too many doubles")
+        return value
+    if not depth:
+        raise ValueError("nested too deeply")
+    if not isinstance(value, (MappingProxyType, tuple, list, dict)):
+        raise ValueError("nothing that JSON can say")
+    left[0] -= 4 + len(value)
+    if left[0] < 0:
+        raise ValueError("too many items")
+    if isinstance(value, (tuple, list)):
+        return [_plain(item, depth - 1, left) for item in value]
+    members = {name: _plain(item, depth - 1, left) for name, item in value.items()}
+    if not all(type(name) is str for name in members):
+        raise ValueError("a member without a name")
+    return members
 
 
 def _frozen(claims: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -192,7 +238,7 @@ class MemoryTickets:
     What an issue costs depends on the tickets of that holder, not on how many there are.
 
     Options:
-        max_tickets: how many there may be at once, of up to 8 KiB each (default 10,000).
+        max_tickets: how many there may be at once, of up to 4 KiB each (default 10,000).
     """
 
     __slots__ = ("_ends", "_entries", "_holders", "_lock", "max_tickets")

@@ -84,7 +84,7 @@ _JWT = re.compile(r"eyJ[A-Za-z0-9_-]*+(\.[A-Za-z0-9_-]*+)?(?:\.[A-Za-z0-9_-]*+)*
 _SCHEME = re.compile(r"\b(bearer|basic|dpop)((?:[\s+]|%20){1,8}+)([A-Za-z0-9._~+/=%-]++)", re.IGNORECASE | re.ASCII)
 _UNDERSCORED = re.compile(
     r"[sr]k_(?:live|test|prod)_[A-Za-z0-9_]{4,}+|whsec_[A-Za-z0-9+/=_-]{8,}+|gh[opsur]_[A-Za-z0-9]{16,}+"
-    r"|github_pat_[A-Za-z0-9_]{16,}+"
+    r"|github_pat_[A-Za-z0-9_]{16,}+|wst_[A-Za-z0-9_-]{16,}+"
 )
 _DASHED = re.compile(
     r"(?:(?<![A-Za-z0-9])sk-|sk-ant-|sk-proj-|sk-svcacct-)[A-Za-z0-9_-]{16,}+|xox[a-z]-[A-Za-z0-9-]{8,}+"
@@ -199,7 +199,7 @@ class SecretRules:
     def _scrub(self, text: str, decoded: int, budget: list[int]) -> str:
         if "eyJ" in text:
             text = _JWT.sub(_jwt, text)
-        if "_" in text and ("k_" in text or "gh" in text or "whsec_" in text):
+        if "_" in text and ("k_" in text or "gh" in text or "whsec_" in text or "wst_" in text):
             text = _UNDERSCORED.sub(REDACTED, text)
         if "-" in text:
             if "-----BEGIN" in text:

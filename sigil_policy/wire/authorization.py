@@ -24,6 +24,9 @@ _TEXT = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]+")  # RFC 6750 section 3; need
 _LONGEST_SCHEME = 64
 _LONGEST_ENCODED = 1_024
 
+MAX_QUERY = 8_192
+"""Bytes of a query in which a credential is looked for that is used as one: a longer search keeps others waiting."""
+
 
 def bearer_token(value: bytes) -> bytes | None:
     """What follows `Bearer` in one `Authorization` field line; None when the line names another scheme.

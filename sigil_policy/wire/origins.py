@@ -9,9 +9,23 @@ Compared byte by byte as browsers write them: no patterns, no parsing of what co
 a page of the service's own origin is listed like any other.
 """
 
+import re
 from collections.abc import Iterable
 
-from sigil_policy.wire.protected_resources import is_origin
+# A host as URLs are compared: lower case, and without the port that the scheme has anyway.
+_AUTHORITY = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?")
+_DEFAULT_PORTS = {"https": ":443", "http": ":80"}
+
+
+def is_origin(text: str) -> bool:
+    """Whether `text` is an origin as browsers write it: `https://app.example.com`, `http://localhost:3000`."""
+    scheme, separator, authority = text.partition("://")
+    return (
+        bool(separator)
+        and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) is not None
+        and _AUTHORITY.fullmatch(authority) is not None
+        and not authority.endswith(_DEFAULT_PORTS.get(scheme, "\0"))
+    )
 
 
 class Origins:

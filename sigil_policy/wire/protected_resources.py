@@ -9,24 +9,12 @@ metadata_url("https://api.example.com/")        # "https://api.example.com/.well
 import re
 from urllib.parse import urlsplit
 
+from sigil_policy.wire.origins import is_origin
+
 WELL_KNOWN = "/.well-known/oauth-protected-resource"
 
-# A host as URLs are compared: lower case, and without the port that the scheme has anyway.
-_AUTHORITY = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?")
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()+,;=:@-]*)*")
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-_DEFAULT_PORTS = {"https": ":443", "http": ":80"}
-
-
-def is_origin(text: str) -> bool:
-    """Whether `text` is an origin as browsers write it: `https://app.example.com`, `http://localhost:3000`."""
-    scheme, separator, authority = text.partition("://")
-    return (
-        bool(separator)
-        and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) is not None
-        and _AUTHORITY.fullmatch(authority) is not None
-        and not authority.endswith(_DEFAULT_PORTS.get(scheme, "\0"))
-    )
 
 
 def check_url(url: str, *, allow_loopback: bool = False) -> None:

@@ -112,7 +112,8 @@ def test_any_claims_come_back_as_they_were(claims: Any, expires: Any, scopes: An
     "claims",
     [
         {"x": "a" * MAX_RECORD}, {"x": object()}, {"x": float("nan")}, {"x": float("inf")}, {"x": b"secret"},
-        {"x": "\ud800"}, {"x": [[]] * 600}, {1: "x", "1": "y"}, {"x": set()},
+        {"x": "\ud800"}, {"x": [[]] * 600}, {"x": "[" * 600}, {"x": [1.5] * 33}, {"x": [1] * 400},
+        {1: "x", "1": "y"}, {"x": set()},
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_back_is_not_written(claims: Any) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sigil_policy.wire.protected_resources import check_url, is_origin, metadata_url
+from sigil_policy.wire.origins import is_origin
+from sigil_policy.wire.protected_resources import check_url, metadata_url
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ noeviction`, or `volatile-...`). Needs the extra `redis`, and asyncio.
 import json
 from collections.abc import Mapping
 from importlib.resources import files
-from re import fullmatch
 from typing import Any, ClassVar
 
 from sigil_policy.identity.api_keys.records import ApiKeyRecord
@@ -25,6 +24,7 @@ from sigil_policy.identity.api_keys.stores import (
     RemoteApiKeyStore,
 )
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.redis.keys import KeySpace
 from sigil_policy.stores.redis.link import RedisLink, Script
 
 
@@ -33,8 +33,6 @@ def _script(name: str) -> Script:
 
 
 _FIND, _SAVE, _END, _USE, _LIST = map(_script, ("find", "save", "end", "use", "list"))
-
-_FORMAT = 1
 
 
 class RedisApiKeyStore(RemoteApiKeyStore):
@@ -57,29 +55,29 @@ class RedisApiKeyStore(RemoteApiKeyStore):
 
     def __init__(self, url: str | RedisLink, *, prefix: str = "sigil", **options: Any) -> None:
         super().__init__(**options)
-        if not fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
-            raise ValueError(f"prefix must be 1 to 64 letters, digits and '_', '.', ':' or '-', not {prefix!r}")
+        head = KeySpace(prefix).together("k") + b":"
         self.prefix = prefix
         self.link = (
             RedisLink(url, deadline=self.deadline, connect_timeout=max(1.0, self.deadline))
             if isinstance(url, str)
             else url
         )
-        head = f"{prefix}:{_FORMAT}:k:{{{prefix}}}:"
-        self._records, self._ends, self._uses = (f"{head}{name}".encode() for name in ("records", "ends", "uses"))
+        self._records, self._ends, self._uses = head + b"records", head + b"ends", head + b"uses"
 
     def __repr__(self) -> str:
         return f"RedisApiKeyStore({self.link!r}, prefix={self.prefix!r})"
 
     async def get(self, key_id: str) -> Found:
-        record, ends = await self.link.run(_FIND, [self._records, self._ends], [key_id])
-        return self._record(key_id, record, ends, None)
+        return self._found(key_id, await self.link.run(_FIND, [self._records, self._ends], [key_id]))
 
     async def records(self) -> tuple[ApiKeyRecord, ...]:
         found: dict[str, ApiKeyRecord] = {}
         cursor = b"0"
         while True:
-            cursor, *page = await self.link.run(_LIST, [self._records, self._ends, self._uses], [cursor])
+            reply = await self.link.run(_LIST, [self._records, self._ends, self._uses], [cursor])
+            if not _is_page(reply):
+                raise self.link.unreadable()
+            cursor, *page = reply
             for key_id, record, ends, used in zip(page[::4], page[1::4], page[2::4], page[3::4], strict=True):
                 name = key_id.decode("ascii", "replace")
                 read = self._record(name, record, ends, used)
@@ -94,14 +92,15 @@ class RedisApiKeyStore(RemoteApiKeyStore):
         args = [record.id, json.dumps(fields), "" if expires is None else _moment(expires)]
         args += ("", "") if ends is None else (ends[0], _moment(ends[1]))
         stored = await self.link.run(_SAVE, [self._records, self._ends], args)
+        if type(stored) is not int or stored not in (-1, 0, 1):
+            raise self.link.unreadable()
         if stored == 0:
             raise ApiKeyExistsError(f"there is a key {record.id} already")
         if stored < 0:
             raise ApiKeyUnknownError(f"there is no key {args[3]}")
 
     async def _end(self, key_id: str, at: float) -> Found:
-        record, ends = await self.link.run(_END, [self._records, self._ends], [key_id, _moment(at)])
-        return self._record(key_id, record, ends, None)
+        return self._found(key_id, await self.link.run(_END, [self._records, self._ends], [key_id, _moment(at)]))
 
     def _write_uses(self, used: Mapping[str, float]) -> None:
         self.link.send(_USE, [self._records, self._uses], _arguments(used))
@@ -116,6 +115,12 @@ class RedisApiKeyStore(RemoteApiKeyStore):
         finally:
             await self.link.aclose()
 
+    def _found(self, key_id: str, reply: Any) -> Found:
+        """The key in what `find` and `end` answer: its record and its end, each None where there is none."""
+        if type(reply) is not list or len(reply) != 2 or not all(map(_is_text, reply)):
+            raise self.link.unreadable()
+        return self._record(key_id, reply[0], reply[1], None)
+
     def _record(self, key_id: str, record: bytes | None, ends: bytes | None, used: bytes | None) -> Found:
         if record is None:
             return None
@@ -129,6 +134,20 @@ class RedisApiKeyStore(RemoteApiKeyStore):
             if moment is not None:
                 fields[name] = moment.decode("ascii", "replace")
         return self._read(key_id, {**fields, "id": key_id})
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or type(value) is bytes
+
+
+def _is_page(reply: Any) -> bool:
+    """Whether this is a cursor, and for each key its id, its record, its end and its last use."""
+    return (
+        type(reply) is list
+        and len(reply) % 4 == 1
+        and all(map(_is_text, reply))
+        and None not in (reply[0], *reply[1::4], *reply[2::4])
+    )
 
 
 def _moment(at: float) -> str:

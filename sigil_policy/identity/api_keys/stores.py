@@ -60,7 +60,7 @@ class ApiKeyStore(Protocol):
 class ApiKeyLedger(ApiKeyStore, Protocol):
     """A store of which keys can be listed and changed. Two changes at once are as if one came after the other.
 
-        isinstance(MemoryApiKeyStore(), ApiKeyLedger)       # True
+    isinstance(MemoryApiKeyStore(), ApiKeyLedger)       # True
     """
 
     async def get(self, key_id: str) -> Found:

@@ -24,16 +24,14 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from math import ceil
-from re import fullmatch
 from typing import Any
 
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.redis.keys import KeySpace
 from sigil_policy.stores.redis.link import RedisLink, Script
 
 _ISSUE = Script("tickets_issue")
 _REDEEM = Script("tickets_redeem")
-
-_FORMAT = 1
 
 
 class RedisTickets:
@@ -45,7 +43,7 @@ class RedisTickets:
         url: the server's URL, or a `RedisLink` that is there already, which other stores may share.
         prefix: what all keys begin with (default "sigil"): up to 64 letters, digits and `_ . : -`. Stores of different
             prefixes do not know each other's tickets.
-        max_tickets: how many there may be at once, of up to 8 KiB each (default 100,000).
+        max_tickets: how many there may be at once, of up to 4 KiB each (default 100,000).
         deadline: how long a trip may take, in seconds (default 0.05); only with a URL, a link has its own.
 
     Raises `ValueError` for an option that cannot be.
@@ -54,20 +52,14 @@ class RedisTickets:
     def __init__(
         self, url: str | RedisLink, *, prefix: str = "sigil", max_tickets: int = 100_000, deadline: float | None = None
     ) -> None:
-        if not fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
-            raise ValueError(f"prefix must be 1 to 64 letters, digits and '_', '.', ':' or '-', not {prefix!r}")
+        root = KeySpace(prefix).together("tickets") + b":"
         if max_tickets < 1:
             raise ValueError(f"max_tickets is at least 1, not {max_tickets!r}")
-        if isinstance(url, str):
-            self.link = RedisLink(url) if deadline is None else RedisLink(url, deadline=deadline)
-        elif deadline is None:
-            self.link = url
-        else:
-            raise ValueError("deadline is an option of the link that was given: RedisLink(url, deadline=...)")
+        self.link = RedisLink.at(url, deadline)
         self.prefix = prefix
         self.max_tickets = max_tickets
-        self._root = f"{prefix}:{_FORMAT}:tickets:{{{prefix}}}:".encode()
-        self._sets = (self._root + b"ends", self._root + b"names")
+        self._root = root
+        self._sets = (root + b"ends", root + b"names")
 
     def __repr__(self) -> str:
         return f"RedisTickets({self.link!r}, prefix={self.prefix!r})"
