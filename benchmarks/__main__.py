@@ -22,7 +22,7 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
         "refresh_stall_ms": ("<=", 1),
     },
     "log": {"event_us": ("<=", 8)},
-    "routes": {"ratio": ("<=", 1.5)},
+    "routes": {"ratio": ("<=", 1.5), "resolve_us": ("<=", 2)},
     "stores": {
         "trips_admit": ("<=", 1),
         "trips_settle": ("<=", 1),

@@ -47,7 +47,7 @@ HOSTILE_LENGTH = 100_000
 
 
 class _Routed(Host):
-    def route(self, scope: dict[str, Any]) -> str | None:
+    def route(self, scope: dict[str, Any], root: str) -> str | None:
         return "/v7/agents/{name}"
 
 

@@ -129,10 +129,10 @@ class Exchange(dict[type, Any]):
 
     # Slots: making one costs half as much as with an instance dictionary.
     __slots__ = (
-        "__weakref__", "_closing", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay", "_resolution",
-        "_rules", "_scope", "_understood", "clock", "done", "error", "finished", "first_byte", "gone", "headers",
-        "host", "kind", "last_byte", "method", "path", "principal", "query", "refused_by", "repeated", "sent_bytes",
-        "started", "started_monotonic", "status", "style",
+        "__weakref__", "_closing", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay",
+        "_resolution", "_root", "_rules", "_scope", "_understood", "clock", "done", "error", "finished",
+        "first_byte", "gone", "headers", "host", "kind", "last_byte", "method", "path", "principal", "query",
+        "refused_by", "repeated", "sent_bytes", "started", "started_monotonic", "status", "style",
     )  # fmt: skip
 
     def __init__(self, scope: Message, receive: Receive, clock: Clock, host: "Host", style: "ProblemStyle") -> None:
@@ -162,6 +162,7 @@ class Exchange(dict[type, Any]):
         self.kind: str = scope["type"]
         self.method: str = scope["method"] if self.kind == "http" else "WEBSOCKET"
         self.path: str = scope["path"]
+        self._root: str = scope.get("root_path") or ""
         self.query: bytes = scope.get("query_string") or b""
         pairs: Any = scope.get("headers") or ()
         if type(pairs) is not list:
@@ -325,11 +326,7 @@ class Exchange(dict[type, Any]):
 
         What the framework has said, and before that what its routes say; None where neither can be read.
         """
-        route = self.host.route(self._outer_scope)
-        if route is None and not self.finished:
-            resolution = self._resolution or self.host.find(self._outer_scope)
-            route = None if resolution is None else resolution.template
-        return route
+        return self.host.route(self._outer_scope, self._root)
 
     @property
     def debug(self) -> bool:

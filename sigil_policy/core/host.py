@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sigil_policy.core.marks import Marks
 from sigil_policy.core.problems import Reply
+from sigil_policy.core.routing import below
 
 if TYPE_CHECKING:
     from sigil_policy.core.exchange import Exchange
@@ -56,6 +57,15 @@ class Host:
     root_path: str = ""
     """What the application itself sets as `root_path` once a request has come in, in the place of the server's."""
 
+    folds: bool = False
+    """Whether the router takes `/A` for `/a`; then tables of routes do as well."""
+
+    def path(self, scope: dict[str, Any]) -> str:
+        """The path as the router compares it."""
+        path: str = scope["path"]
+        root = self.root_path or scope.get("root_path")
+        return below(root, path) if root else path
+
     def marked(self) -> bool:
         """Whether something is said of any endpoint; else nobody has to know which one it will be."""
         return False
@@ -63,6 +73,10 @@ class Host:
     def find(self, scope: dict[str, Any]) -> Resolution | None:
         """The endpoint that the router will choose for `scope`, or None when it finds none."""
         return None
+
+    def ran(self, scope: dict[str, Any]) -> Any:
+        """The endpoint that has begun to answer, as the framework says it, or None where it says nothing."""
+        return scope.get("endpoint")
 
     def endpoints(self) -> Iterable[Resolution]:
         """All endpoints there are now."""
@@ -78,8 +92,8 @@ class Host:
     def bind(self, policies: "Sequence[Policy]") -> None:
         """Called when a stack has been built around the application, with all policies of that stack."""
 
-    def route(self, scope: dict[str, Any]) -> str | None:
-        """The template of the route that served `scope`, with its prefixes, or None."""
+    def route(self, scope: dict[str, Any], root: str) -> str | None:
+        """The template of the route that serves `scope`, with its prefixes and `root`, its root path as it came."""
         return None
 
     def debug(self, scope: dict[str, Any]) -> bool:
@@ -93,7 +107,7 @@ class Host:
 
 PLAIN = Host()
 
-HOSTS: list[str] = ["sigil_policy.frameworks.starlette:find_host"]
+HOSTS: list[str] = ["sigil_policy.frameworks.starlette:find_host", "sigil_policy.frameworks.hosts:find_host"]
 """Finders, as `module:function`; a finder takes the wrapped application and returns a `Host` or None."""
 
 

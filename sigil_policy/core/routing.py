@@ -120,16 +120,22 @@ class RouteMatcher:
 
     matcher = RouteMatcher({1: {"GET /v7/**": "read"}, 2: {"/v7/agents/{name}": 5}})
     matcher.match("HEAD", "/v7/agents/x")    # {1: "read", 2: 5}
+
+    `folds`: `/A` is `/a` (default False), for applications whose router takes one for the other.
     """
 
-    __slots__ = ("_start",)
+    __slots__ = ("_folds", "_start")
 
-    def __init__(self, tables: Mapping[int, Mapping[str, Any]]) -> None:
+    def __init__(self, tables: Mapping[int, Mapping[str, Any]], *, folds: bool = False) -> None:
+        self._folds = folds
         root = _Node()
         for table, rules in tables.items():
             seen: dict[Route, str] = {}
             for text, setting in rules.items():
                 route = parse_route(text)
+                if folds:
+                    segments = tuple(None if segment is None else segment.lower() for segment in route.segments)
+                    route = route._replace(segments=segments)
                 if route in seen:
                     raise ValueError(f"routes {seen[route]!r} and {text!r} are the same route; keep one of them")
                 seen[route] = text
@@ -150,6 +156,8 @@ class RouteMatcher:
             path = path[:-1]
         if ("/." in path or path[:1] == ".") and has_dot_segment(path):
             return _NOTHING
+        if self._folds:
+            path = path.lower()
         state = self._start
         for segment in path.split("/"):
             if segment:

@@ -27,7 +27,7 @@ from sigil_policy.core.marks import Marks, marks_of
 from sigil_policy.core.ordering import PolicyOrderError, check_order, missing_text
 from sigil_policy.core.policy import Answer, EndOfStream, Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem, Reply
-from sigil_policy.core.routing import RouteMatcher, below
+from sigil_policy.core.routing import RouteMatcher
 from sigil_policy.core.socket import Socket
 
 Scope = dict[str, Any]
@@ -180,7 +180,7 @@ class PolicyStack:
         self.unwinds = [outside(level, "on_body", "around", "on_error", "on_finish") for level in levels]
         self.watchers = tuple(layer for layer in layers if layer.on_message or layer.on_check)
         tables = {id(policy): rules for policy in self.policies if (rules := policy.rules())}
-        self.matcher = RouteMatcher(tables) if tables else None
+        self.matcher = RouteMatcher(tables, folds=self.host.folds) if tables else None
         inner = tuple(self.host.inner_policies())
         self.understood = frozenset(name for policy in (*self.policies, *inner) for name in policy.marks)
         self.marked: dict[Any, Any] = {}
@@ -267,9 +267,7 @@ class PolicyStack:
     def _match(self, ex: Exchange, scope: Scope, marked: bool) -> None:
         found: Any = _NO_RULES
         if self.matcher is not None:
-            path = scope["path"]
-            root = self.host.root_path or scope.get("root_path")
-            found = self.matcher.match(ex.method, below(root, path) if root else path)
+            found = self.matcher.match(ex.method, self.host.path(scope))
         if marked:
             resolution = ex._resolution = ex._resolution or self.host.find(scope)  # noqa: SLF001
             if resolution is not None and resolution.marks is not None:
@@ -299,7 +297,7 @@ class PolicyStack:
 
     def confirm(self, ex: Exchange) -> None:
         """The application begins to answer: was it the endpoint whose marks were applied?"""
-        endpoint = ex.scope.get("endpoint")
+        endpoint = self.host.ran(ex.scope)
         if endpoint is None:
             return
         resolution = ex._resolution  # noqa: SLF001

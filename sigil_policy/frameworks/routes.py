@@ -176,7 +176,9 @@ class RouteIndex:
     def _resolution(self, entry: _Entry, template: str, endpoint: Any, method: str) -> Resolution:
         own = marks_of(endpoint, method)
         said = entry.said if own is None else (own, *entry.said)
-        key = (id(entry), method if isinstance(endpoint, type) else "")
+        # Methods are a client's to make up; only those of the class say something of their own.
+        speaks = isinstance(endpoint, type) and (method == "HEAD" or hasattr(endpoint, method.lower()))
+        key = (id(entry), method if speaks else "")
         return self._remembered(key, endpoint, template, said, behind=entry.behind)
 
     def _remembered(self, key: Any, endpoint: Any, template: str | None, said: Said, *, behind: bool) -> Resolution:

@@ -33,6 +33,7 @@ from sigil_policy.policies.problems import Problems, from_http_error, from_valid
 
 logger = logging.getLogger("sigil_policy")
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "TRACE")
 _DEEPEST = 100  # middlewares or mounts: a bound against applications that contain themselves
 
 
@@ -62,7 +63,12 @@ class StarletteHost(Host):
         if self.root_path and self.root_path != root:
             root = self.root_path
             scope = {**scope, "root_path": root}
-        return self.index.find(scope, below(root, scope["path"]) if root else scope["path"])
+        path: str = scope["path"]
+        if root:
+            inner = below(root, path)
+            # Routes and mounts do not agree on a path outside of its root: they are asked, and nothing is remembered.
+            path = "" if inner is path else inner
+        return self.index.find(scope, path)
 
     def endpoints(self) -> Iterable[Resolution]:
         return self.index.all()
@@ -81,14 +87,20 @@ class StarletteHost(Host):
                 for target in _targets(self.app):
                     _Handlers(policy).install(target)
 
-    def route(self, scope: dict[str, Any]) -> str | None:
+    def route(self, scope: dict[str, Any], root: str) -> str | None:
+        now = scope.get("root_path") or ""
+        if "endpoint" not in scope or (now != root and now != self.root_path):
+            # The router has not run yet, or a mount has moved the root, in which parameters are what was sent for them.
+            found = self.find({**scope, "root_path": root})
+            template = None if found is None else found.template
+            return None if template is None else f"{self.root_path or root}{template}"
         route = scope.get("route")
         # FastAPI keeps included routers as a tree: the route alone does not know its prefix.
         context = scope.get("fastapi")
         if isinstance(context, dict):
             route = context.get("effective_route_context") or route
         template = getattr(route, "path_format", None) or getattr(route, "path", None)
-        return None if template is None else f"{scope.get('root_path') or ''}{template}"
+        return None if template is None else f"{now}{template}"
 
     def debug(self, scope: dict[str, Any]) -> bool:
         return getattr(scope.get("app"), "debug", False) is True
@@ -184,7 +196,14 @@ class _Handlers:
         ex = request.scope.get(SCOPE_KEY)
         if not isinstance(ex, Exchange) or error.status_code < 400:
             return await _default(request, error)
-        return self._response(from_http_error(error.status_code, error.detail, error.headers), ex)
+        headers = error.headers
+        methods = _methods(ex) if error.status_code == 405 else ()
+        if methods:
+            # RFC 9110 section 15.5.6: the methods of the resource; a route of the framework knows only its own.
+            said = {name.lower(): value for name, value in (headers or {}).items()}
+            known = [name.strip() for name in said.get("allow", "").split(",") if name.strip()]
+            headers = {**said, "allow": ", ".join(dict.fromkeys((*known, *methods)))}
+        return self._response(from_http_error(error.status_code, error.detail, headers), ex)
 
     async def validation_error(self, request: Request, error: Any) -> Response | None:
         ex = request.scope.get(SCOPE_KEY)
@@ -203,6 +222,23 @@ class _Handlers:
         response = Response(b"" if ex.method == "HEAD" else reply.body, reply.status)
         response.raw_headers = [(name, value) for name, value in reply.headers]
         return response
+
+
+def _methods(ex: Exchange) -> Sequence[str]:
+    """The methods that the resource has at which the router stopped."""
+    # A mount has moved the root since.
+    scope = {**ex.scope, "root_path": ex._root}  # noqa: SLF001
+    stopped = ex.host.find(scope)
+    if stopped is None or stopped.template is not None:
+        return ()
+    served = {method: ex.host.find({**scope, "method": method}) for method in _METHODS}
+    # The template of that resource; for another method, the path may be one of a less specific template.
+    own = {found.template for found in served.values() if found is not None and found.endpoint is stopped.endpoint}
+    return [
+        method
+        for method, found in served.items()
+        if found is not None and found.template is not None and found.template in own
+    ]
 
 
 def _is_default(handler: Any) -> bool:

@@ -18,7 +18,7 @@ KEYS = {
     "limits": set(TARGETS["limits"]),
     "auth": {*TARGETS["auth"], "api_key_us", "verify_us", "pyjwt_us", "verify_to_pyjwt", "refresh_gap_ms"},
     "log": set(TARGETS["log"]),
-    "routes": {"us_10", "us_1000", "us_10000", "ratio", "uniform_ratio"},
+    "routes": {"us_10", "us_1000", "us_10000", "ratio", "uniform_ratio", "resolve_us", "resolve_ratio"},
     "stores": {*TARGETS["stores"], "checks_per_s", "pool_checks_per_s", "flood_us", "flood_uncached_us"},
     "server": {"fastapi_ratio", "asgi_ratio", "cpu_us_per_request", "generator"},
 }

@@ -215,6 +215,34 @@ async def test_a_policy_knows_the_template_before_the_router_runs() -> None:
     assert seen == ["/v7/x/{y}", None]
 
 
+async def test_what_is_mounted_and_opaque_is_no_route_of_the_application() -> None:
+    """The mount has moved the root of the path: what is left of it would fit the first route."""
+    seen: list[Any] = []
+
+    class Late(Policy):
+        def on_finish(self, ex: Any) -> None:
+            seen.append(ex.route)
+
+    app = Starlette(routes=[Route("/{name}", endpoint("first")), Mount("/opaque", app=opaque)])
+    app.add_middleware(PolicyStack, policies=[Late()])
+    assert (await drive(app, "GET", "/opaque/x")).body == b"opaque"
+    assert seen == ["/opaque"]
+
+
+async def test_parameters_of_a_mount_are_parameters_in_the_template() -> None:
+    seen: list[Any] = []
+
+    class Late(Policy):
+        def on_finish(self, ex: Any) -> None:
+            seen.append(ex.route)
+
+    app = fastapi_app()
+    app.add_middleware(PolicyStack, policies=[Late()])
+    await drive(app, "GET", "/behind/sub/acme/s/1", scope={"root_path": "/behind"})
+    await drive(app, "GET", "/sub/acme/s/1")
+    assert seen == ["/behind/sub/{tenant}/s/{z}", "/sub/{tenant}/s/{z}"]
+
+
 @pytest.mark.filterwarnings("ignore:The `root_path` parameter")
 async def test_a_root_path_is_part_of_the_template_and_not_of_the_match() -> None:
     seen: list[Any] = []

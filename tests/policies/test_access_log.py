@@ -165,7 +165,7 @@ async def test_what_is_not_known_is_left_out():
 
 async def test_the_route_is_its_template():
     class Routed(Host):
-        def route(self, scope):
+        def route(self, scope, root):
             return "/v7/agents/{name}"
 
     log = Collect()
