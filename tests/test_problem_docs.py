@@ -14,7 +14,7 @@ from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.request_id import RequestID
 from sigil_policy.problem_docs import ProblemDocs
 from sigil_policy.testing import drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 
 pytestmark = pytest.mark.anyio
 

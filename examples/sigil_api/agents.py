@@ -35,10 +35,16 @@ from examples.sigil_api.models import (
 from examples.sigil_api.problems import AgentInactive, AgentNameTaken, AgentNotFound
 from examples.sigil_api.storage import NameTakenError, Storage
 from sigil_policy import Problem, report_tokens
+from sigil_policy.frameworks.openapi import problem_responses
 
 router = APIRouter(prefix="/agents", tags=["agents"])
 
 _QUESTIONS = frozenset(AgentQuery.model_fields)
+_NO_AGENT = problem_responses(AgentNotFound)
+_RUN: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"description": "`token` after `token`, then `complete`"}}}},
+    **problem_responses(AgentNotFound, AgentInactive),
+}
 
 
 @router.head("", include_in_schema=False)
@@ -55,7 +61,7 @@ def list_agents(
     return AgentList(agents=agents, pagination=pagination)
 
 
-@router.post("", status_code=status.HTTP_201_CREATED)
+@router.post("", status_code=status.HTTP_201_CREATED, responses=problem_responses(AgentNameTaken))
 def create_agent(request: Request, response: Response, storage: Store, new: CreateAgent) -> ChangedAgent:
     try:
         agent = storage.create_agent(new)
@@ -66,14 +72,14 @@ def create_agent(request: Request, response: Response, storage: Store, new: Crea
 
 
 @router.head("/{name}", include_in_schema=False)
-@router.get("/{name}")
+@router.get("/{name}", responses=_NO_AGENT)
 def get_agent(name: str, response: Response, storage: Store) -> Agent:
     agent = existing_agent(storage, name)
     last_modified(response, agent.updated_at)
     return agent
 
 
-@router.patch("/{name}")
+@router.patch("/{name}", responses=_NO_AGENT)
 def change_agent(name: str, request: Request, storage: Store, patch: PatchAgent) -> ChangedAgent:
     agent = storage.patch_agent(name, patch.changes())
     if agent is None:
@@ -81,14 +87,14 @@ def change_agent(name: str, request: Request, storage: Store, patch: PatchAgent)
     return ChangedAgent(**dict(agent), metadata=metadata(request))
 
 
-@router.delete("/{name}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete("/{name}", status_code=status.HTTP_204_NO_CONTENT, responses=_NO_AGENT)
 def delete_agent(name: str, storage: Store) -> None:
     if not storage.delete_agent(name):
         raise no_agent(name)
 
 
 @router.head("/{name}/status", include_in_schema=False)
-@router.get("/{name}/status")
+@router.get("/{name}/status", responses=_NO_AGENT)
 def agent_status(name: str, response: Response, storage: Store) -> AgentStatus:
     found = storage.agent_status(name)
     if found is None:
@@ -98,7 +104,7 @@ def agent_status(name: str, response: Response, storage: Store) -> AgentStatus:
     return state
 
 
-@router.post("/{name}/run", response_model=RunResult)
+@router.post("/{name}/run", response_model=RunResult, responses=_RUN)
 def run_agent(name: str, request: Request, storage: Store, run: RunAgent) -> Any:
     """Run the agent. `"stream": true` answers server-sent events: `token` after `token`, then `complete`."""
     agent = existing_agent(storage, name)

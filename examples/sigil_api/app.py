@@ -5,14 +5,13 @@ app = create_app(Home(".sigil_api"), database="agents.db")
 
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TextIO
+from typing import TextIO
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, FastAPI, Security
-from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi import APIRouter, FastAPI
 
 from examples.sigil_api import agents, budget, evolution, memory
 from examples.sigil_api.home import Home
@@ -20,27 +19,8 @@ from examples.sigil_api.policies import CURRENT, DEPRECATED, policies
 from examples.sigil_api.storage import Storage
 from sigil_policy import PolicyStack
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
-
-# These only tell the documentation page where a credential goes: the policies decide, long before a dependency runs.
-_DOCUMENTED = [
-    Security(HTTPBearer(auto_error=False, description="A token from `python -m examples.sigil_api token`")),
-    Security(
-        APIKeyHeader(name="X-API-Key", auto_error=False, description="A key from `python -m examples.sigil_api key`")
-    ),
-]
-_PROBLEM: dict[int | str, dict[str, Any]] = {
-    "4XX": {
-        "description": "A problem (RFC 9457)",
-        "content": {
-            "application/problem+json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["type", "title", "status", "instance", "error_code", "timestamp", "recovery_hints"],
-                }
-            }
-        },
-    }
-}
+from sigil_policy.frameworks.openapi import enrich_openapi
+from sigil_policy.policies.rate_limit import Tier
 
 
 def create_app(
@@ -52,6 +32,7 @@ def create_app(
     clock: Clock = SYSTEM_CLOCK,
     store: str | None = None,
     replicas: int = 1,
+    tiers: Mapping[str, Tier | str] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -63,6 +44,7 @@ def create_app(
         clock: where time comes from (default: the machine's).
         store: URL of the store in which limits are counted (default None: in this process).
         replicas: how many processes serve the API together (default 1).
+        tiers: what callers of each tier may do (default None: what the guidelines give them).
     """
 
     @asynccontextmanager
@@ -79,12 +61,11 @@ def create_app(
         served = APIRouter(prefix=f"/{version}", deprecated=version == DEPRECATED or None)
         for router in (agents.router, memory.router, evolution.router, budget.router):
             served.include_router(router)
-        app.include_router(served, dependencies=_DOCUMENTED, responses=_PROBLEM)
+        app.include_router(served)
     app.include_router(budget.health)
-    app.add_middleware(
-        PolicyStack, policies=policies(home, log=log, clock=clock, store=store, replicas=replicas), clock=clock
-    )
-    return app
+    stack = policies(home, log=log, clock=clock, store=store, replicas=replicas, tiers=tiers)
+    app.add_middleware(PolicyStack, policies=stack, clock=clock)
+    return enrich_openapi(app)
 
 
 def create_worker() -> FastAPI:

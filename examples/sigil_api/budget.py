@@ -1,9 +1,10 @@
 """`/budget/status`: what the caller has left, and `/health`: whether anybody is there."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from examples.sigil_api.models import BudgetStatus, Health, Window
-from sigil_policy import Quota, WindowState, get_exchange
+from sigil_policy import WindowState
+from sigil_policy.frameworks.fastapi import Budget
 
 router = APIRouter(tags=["budget"])
 health = APIRouter(tags=["health"])
@@ -11,8 +12,7 @@ health = APIRouter(tags=["health"])
 
 @router.head("/budget/status", include_in_schema=False)
 @router.get("/budget/status")
-async def budget_status(request: Request) -> BudgetStatus:
-    quota = get_exchange(request)[Quota]
+async def budget_status(quota: Budget) -> BudgetStatus:
     return BudgetStatus(
         tier=quota.tier,
         utilization=max((_used(window) / window.limit for window in quota.tokens), default=0.0),

@@ -12,14 +12,15 @@ from examples.sigil_api.models import (
     Operation,
     OptimizeAgent,
 )
-from examples.sigil_api.problems import EvaluationNotFound, OperationNotFound
+from examples.sigil_api.problems import AgentNotFound, EvaluationNotFound, OperationNotFound
 from examples.sigil_api.storage import Storage
 from sigil_policy import report_tokens
+from sigil_policy.frameworks.openapi import problem_responses
 
 router = APIRouter(tags=["evolution"])
 
 
-@router.post("/evolution/evaluate")
+@router.post("/evolution/evaluate", responses=problem_responses(AgentNotFound))
 def evaluate_agent(request: Request, storage: Store, wanted: EvaluateAgent) -> Evaluation:
     agent = existing_agent(storage, wanted.agent_name)
     marks, used = scores(agent, wanted.cases)
@@ -34,7 +35,7 @@ def list_evaluations(storage: Store, agent_name: str | None = None) -> Evaluatio
 
 
 @router.head("/evolution/evaluations/{evaluation_id}", include_in_schema=False)
-@router.get("/evolution/evaluations/{evaluation_id}")
+@router.get("/evolution/evaluations/{evaluation_id}", responses=problem_responses(EvaluationNotFound))
 def get_evaluation(evaluation_id: str, response: Response, storage: Store) -> Evaluation:
     evaluation = storage.evaluation(evaluation_id)
     if evaluation is None:
@@ -43,7 +44,7 @@ def get_evaluation(evaluation_id: str, response: Response, storage: Store) -> Ev
     return evaluation
 
 
-@router.post("/evolution/optimize", status_code=status.HTTP_202_ACCEPTED)
+@router.post("/evolution/optimize", status_code=status.HTTP_202_ACCEPTED, responses=problem_responses(AgentNotFound))
 def optimize_agent(
     request: Request, response: Response, storage: Store, background: BackgroundTasks, wanted: OptimizeAgent
 ) -> Operation:
@@ -57,7 +58,7 @@ def optimize_agent(
 
 
 @router.head("/operations/{operation_id}", include_in_schema=False)
-@router.get("/operations/{operation_id}")
+@router.get("/operations/{operation_id}", responses=problem_responses(OperationNotFound))
 def get_operation(operation_id: str, response: Response, storage: Store) -> Operation:
     operation = storage.operation(operation_id)
     if operation is None:

@@ -6,12 +6,13 @@ from examples.sigil_api.agents import existing_agent
 from examples.sigil_api.context import Store, last_modified, location
 from examples.sigil_api.engine import relevance
 from examples.sigil_api.models import FoundMemory, Memory, MemoryList, SearchMemory, StoreMemory
-from examples.sigil_api.problems import MemoryNotFound
+from examples.sigil_api.problems import AgentNotFound, MemoryNotFound
+from sigil_policy.frameworks.openapi import problem_responses
 
 router = APIRouter(prefix="/memory", tags=["memory"])
 
 
-@router.post("", status_code=status.HTTP_201_CREATED)
+@router.post("", status_code=status.HTTP_201_CREATED, responses=problem_responses(AgentNotFound))
 def store_memory(request: Request, response: Response, storage: Store, new: StoreMemory) -> Memory:
     if new.agent_name is not None:
         existing_agent(storage, new.agent_name)
@@ -32,7 +33,7 @@ def search_memory(storage: Store, search: SearchMemory) -> MemoryList:
 
 
 @router.head("/{memory_id}", include_in_schema=False)
-@router.get("/{memory_id}")
+@router.get("/{memory_id}", responses=problem_responses(MemoryNotFound))
 def get_memory(memory_id: str, response: Response, storage: Store) -> Memory:
     memory = storage.memory(memory_id)
     if memory is None:

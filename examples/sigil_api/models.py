@@ -16,6 +16,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    StrictBool,
+    WithJsonSchema,
     computed_field,
     field_validator,
 )
@@ -93,9 +95,48 @@ def _sort(text: str) -> str:
     return text
 
 
-AgentName = Annotated[str, AfterValidator(_agent_name)]
-Stratum = Annotated[str, _one_of("stratum", STRATA)]
-Status = Annotated[str, _one_of("status", STATUSES)]
+def _integer(value: Any) -> Any:
+    """JSON's integers: `10` and `10.0`, but no text and no truth value that could be read as one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("integer", "Must be an integer")
+    return value
+
+
+def _not_null(schema: dict[str, Any]) -> None:
+    """What may be left out, but not be null: the default of the model is none of the document."""
+    schema.pop("default", None)
+    schema.update(schema.pop("anyOf")[0])
+
+
+AgentName = Annotated[
+    str,
+    AfterValidator(_agent_name),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "minLength": 3,
+            "maxLength": 64,
+            "pattern": "^[a-z][a-z0-9_]*$",
+            "not": {"enum": sorted(RESERVED_NAMES)},
+        }
+    ),
+]
+Stratum = Annotated[str, _one_of("stratum", STRATA), WithJsonSchema({"type": "string", "enum": [*STRATA]})]
+Status = Annotated[str, _one_of("status", STATUSES), WithJsonSchema({"type": "string", "enum": [*STATUSES]})]
+_FIELDS = "|".join(SORTABLE)
+Sort = Annotated[
+    str,
+    AfterValidator(_sort),
+    WithJsonSchema(
+        {
+            "type": "string",
+            # In front, that no field comes twice.
+            "pattern": rf"^(?!.*\b({_FIELDS})\b.*\b\1\b)-?({_FIELDS})(,-?({_FIELDS})){{0,5}}$",
+            "description": "Each field once, '-' before it for descending",
+        }
+    ),
+]
+Integer = Annotated[int, BeforeValidator(_integer)]
 SystemPrompt = Annotated[str, Field(max_length=50_000), AfterValidator(_harmless)]
 Instant = Annotated[datetime, BeforeValidator(_instant)]
 Tags = Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=20)]
@@ -120,10 +161,10 @@ class CreateAgent(Body):
 class PatchAgent(Body):
     """Only what is to change: read `changes()`. Of these only the prompt may be null, which removes it."""
 
-    stratum: Stratum | None = None
-    description: Annotated[str, Field(max_length=500)] | None = None
+    stratum: Stratum | None = Field(default=None, json_schema_extra=_not_null)
+    description: Annotated[str, Field(max_length=500)] | None = Field(default=None, json_schema_extra=_not_null)
     system_prompt: SystemPrompt | None = None
-    status: Status | None = None
+    status: Status | None = Field(default=None, json_schema_extra=_not_null)
 
     @field_validator("stratum", "description", "status", mode="before")
     @classmethod
@@ -146,7 +187,7 @@ class AgentQuery(BaseModel):
     q: str | None = Field(default=None, min_length=1, max_length=100, description="Search in name and description")
     created_after: Instant | None = None
     created_before: Instant | None = None
-    sort: Annotated[str, AfterValidator(_sort)] = "created_at"
+    sort: Sort = "created_at"
 
 
 class AgentSummary(BaseModel):
@@ -209,14 +250,14 @@ class ChangedAgent(Agent):
 class RunConfig(BaseModel):
     """Settings of one run; those of other engines are accepted and have no effect here."""
 
-    max_tokens: int = Field(default=256, ge=1, le=4_000, description="Upper bound of the answer")
-    include_memory: bool = True
-    memory_retrieval_k: int = Field(default=10, ge=0, le=50)
+    max_tokens: Integer = Field(default=256, ge=1, le=4_000, description="Upper bound of the answer")
+    include_memory: StrictBool = True
+    memory_retrieval_k: Integer = Field(default=10, ge=0, le=50)
 
 
 class RunAgent(Body):
     input: str = Field(min_length=1, max_length=100_000)
-    stream: bool = False
+    stream: StrictBool = False
     config: RunConfig = RunConfig()
 
 
@@ -241,7 +282,7 @@ class StoreMemory(Body):
 class SearchMemory(Body):
     query: str = Field(min_length=1, max_length=1_000)
     agent_name: AgentName | None = None
-    limit: int = Field(default=10, ge=1, le=50)
+    limit: Integer = Field(default=10, ge=1, le=50)
 
 
 class Memory(BaseModel):
@@ -273,9 +314,13 @@ class EvaluateAgent(Body):
     ]
 
 
+TARGETS = ("accuracy", "brevity")
+Target = Annotated[str, _one_of("target", TARGETS), WithJsonSchema({"type": "string", "enum": [*TARGETS]})]
+
+
 class OptimizeAgent(Body):
     agent_name: AgentName
-    target: Annotated[str, _one_of("target", ("accuracy", "brevity"))] = "accuracy"
+    target: Target = "accuracy"
 
 
 class Evaluation(BaseModel):

@@ -21,11 +21,13 @@ from sigil_policy import (
     RateLimit,
     RequestID,
     Scopes,
+    Tier,
     TokenRule,
     Version,
     Versioning,
 )
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
+from sigil_policy.policies.rate_limit import GUIDELINE_TIERS
 
 CURRENT, DEPRECATED = "v7", "v6"
 
@@ -48,7 +50,7 @@ SCOPES: Mapping[str, str] = {
 }
 """What a caller must have been granted; `admin` opens all, and what is not listed needs a caller but no scope."""
 
-PUBLIC = ("GET /health", "GET /docs", "GET /docs/oauth2-redirect", "GET /openapi.json")
+PUBLIC = ("/health", "GET /docs", "GET /docs/oauth2-redirect", "GET /openapi.json")
 
 CACHING: Mapping[str, str] = {
     "GET /agents": "private, max-age=60",
@@ -76,7 +78,13 @@ Setting = TypeVar("Setting")
 
 
 def policies(
-    home: Home, *, log: TextIO, clock: Clock = SYSTEM_CLOCK, store: str | None = None, replicas: int = 1
+    home: Home,
+    *,
+    log: TextIO,
+    clock: Clock = SYSTEM_CLOCK,
+    store: str | None = None,
+    replicas: int = 1,
+    tiers: Mapping[str, Tier | str] | None = None,
 ) -> list[Policy]:
     """The stack, outermost first. While a shared store is away, each replica admits its share."""
     issuer = Issuer(url=ISSUER, audience=AUDIENCE, keys=(Key(algorithm=ALGORITHM, secret=home.signing_secret()),))
@@ -88,7 +96,13 @@ def policies(
         BearerAuth(issuers=(issuer,)),
         ApiKeyAuth(store=FileApiKeyStore(home.keys_file, clock=clock), pepper=home.pepper()),
         Scopes(routes=in_every_version(SCOPES), public=PUBLIC),
-        RateLimit(tokens=in_every_version(TOKENS), store=store, on_store_loss="local", expected_replicas=replicas),
+        RateLimit(
+            tiers=GUIDELINE_TIERS if tiers is None else tiers,
+            tokens=in_every_version(TOKENS),
+            store=store,
+            on_store_loss="local",
+            expected_replicas=replicas,
+        ),
         CacheControl(routes={**in_every_version(CACHING), "GET /health": "no-cache"}),
         Conditional(),
     ]

@@ -28,6 +28,7 @@ from sigil_policy.core.problems import Problem, Reply
 
 if TYPE_CHECKING:
     from sigil_policy.core.host import Resolution
+    from sigil_policy.core.operations import Operation
 
 Answer = Problem | Reply | None
 
@@ -201,6 +202,9 @@ class Policy:
         stronger. Raises `ValueError` for a mark that cannot be.
         """
         return rule
+
+    def describe(self, operation: "Operation", rule: Any) -> None:
+        """Say what this policy adds to an endpoint, for its OpenAPI document; `rule` is its setting there, or None."""
 
     def resources(self) -> Iterable[Closable]:
         """What the stack closes when the application shuts down."""

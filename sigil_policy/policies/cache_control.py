@@ -36,6 +36,7 @@ from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
 from sigil_policy.core.host import Resolution
 from sigil_policy.core.marks import Marks
+from sigil_policy.core.operations import Operation, is_success
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.routing import parse_route
 from sigil_policy.wire.caching import (
@@ -172,6 +173,12 @@ class CacheControl(Policy):
             raise ValueError(f"cache= takes a Cache-Control value or a CacheRule, not {type(marks.cache).__name__}")
         return self._lines(marks.cache)
 
+    def describe(self, operation: Operation, rule: _Lines | None) -> None:
+        if rule is not None or self.authenticated is not None:
+            operation.sends("Cache-Control", "Who may keep this, and for how long (RFC 9111)", when=is_success)
+        if self.errors is not None:
+            operation.sends("Cache-Control", "Who may keep this, and for how long (RFC 9111)", when=_is_error)
+
     def on_response(self, ex: Exchange, head: Head) -> None:
         status = head.status
         if status < 200:
@@ -200,6 +207,10 @@ class CacheControl(Policy):
                 head.replace(b"vary", merge_vary(present, (vary,)))
             else:
                 headers.append((b"vary", vary))
+
+
+def _is_error(status: int) -> bool:
+    return status >= 400
 
 
 def _pair(value: str | None) -> Pair | None:

@@ -48,6 +48,7 @@ from pydantic import Field, model_validator
 from sigil_policy.core.catalogue import CONCURRENCY_EXCEEDED, LIMITS_UNAVAILABLE
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal, Public
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Answer, Closable, Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import RouteMatcher
@@ -252,6 +253,16 @@ class ConcurrencyLimit(Policy):
 
     def resources(self) -> Iterable[Closable]:
         return (cast("Closable", self.slots),) if hasattr(self.slots, "aclose") else ()
+
+    def describe(self, operation: Operation, rule: _Rule | None) -> None:
+        if operation.public or rule is _EXEMPT:
+            return
+        if self.draft is not None:
+            operation.sends("RateLimit-Policy", "How many requests may be in flight: q")
+            operation.sends("RateLimit", "How many more may be in flight now: r")
+        operation.answers(CONCURRENCY_EXCEEDED, headers=("Retry-After",), limit=2, retry_after=1)
+        if getattr(self.slots, "remote", False) and self.on_store_loss == "closed":
+            operation.answers(LIMITS_UNAVAILABLE, headers=("Retry-After",))
 
     # --- the pass --------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,12 @@ from binascii import hexlify
 from collections.abc import Callable
 from functools import cached_property
 from hashlib import sha256
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from sigil_policy.core.exchange import Exchange, Head
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Policy
 from sigil_policy.wire.dates import format_http_date, parse_http_date
 from sigil_policy.wire.etags import coding_variant, is_etag, lists_weakly
@@ -46,6 +47,10 @@ _OF_CONTENT = (
     b"content-range",
     b"content-digest",
 )
+
+
+def _has_tag(status: int) -> bool:
+    return status in (200, 304)
 
 
 def _sha256(body: bytes) -> bytes:
@@ -101,6 +106,11 @@ class Conditional(Policy):
             return hexlify(made) if isinstance(made, bytes) else made.encode("latin-1")
 
         return opaque
+
+    def describe(self, operation: Operation, rule: Any) -> None:
+        if operation.method in ("GET", "HEAD"):
+            operation.sends("ETag", "Names what was sent: give it back as If-None-Match (RFC 9110)", when=_has_tag)
+            operation.statuses[304] = "What the client has is still the same (RFC 9110 section 15.4.5)"
 
     def wants_body(self, ex: Exchange, head: Head) -> bool:
         return head.status == 200 and (ex.method == "GET" or ex.method == "HEAD")

@@ -22,12 +22,13 @@ W3C Trace Context for `traceparent`; RFC 9110 section 5.5 for what a field value
 
 import re
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import field_validator, model_validator
 
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Correlation, Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Policy
 from sigil_policy.wire.ids import new_id, parse_id
 from sigil_policy.wire.trace import parse_traceparent
@@ -86,6 +87,9 @@ class RequestID(Policy):
     def _asked(self) -> tuple[bytes, frozenset[bytes]]:
         """The header of the id, and those that most requests do not carry."""
         return self._names[0], frozenset((*self._names[1:], b"traceparent"))
+
+    def describe(self, operation: Operation, rule: Any) -> None:
+        operation.sends(self.header, "The id of this exchange: the client's own, or a new one", required=True)
 
     def on_request(self, ex: Exchange) -> None:
         if Correlation in ex:

@@ -31,6 +31,7 @@ from sigil_policy.core.catalogue import http_problem
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.host import Resolution
 from sigil_policy.core.marks import Marks
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Problem
 
@@ -84,6 +85,10 @@ class Timeout(Policy):
 
     def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
         return marks.timeout if rule is None else rule
+
+    def describe(self, operation: Operation, rule: float | None) -> None:
+        if (rule or self.seconds or inf) < inf:
+            operation.answers(http_problem(504))
 
     def around(self, ex: Exchange) -> _Limit | None:
         seconds: float | None = ex.rule(self) or self.seconds

@@ -40,6 +40,7 @@ from sigil_policy.core.catalogue import VERSION_RETIRED
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.host import Resolution
 from sigil_policy.core.marks import Marks
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Listed, Policy
 from sigil_policy.core.problems import Problem
 from sigil_policy.core.routing import parse_route
@@ -57,6 +58,7 @@ _ORIGIN = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+")
 _LONGEST_LINK = 2_000
 _LONGEST_QUERY = 1_024
 _MOST_PARAMETERS = 32
+_LINK = ("What replaces this, and where to read about it (RFC 8288)", {"type": "string"})
 
 
 def _moment(value: Any) -> Any:
@@ -327,6 +329,19 @@ class Versioning(Policy):
             raise ValueError(f"deprecated= takes a Deprecation(...), not {type(marks.deprecated).__name__}")
         route = resolution.template or "/"
         return self._notice(route, marks.deprecated, "This operation", f"endpoint of {route!r}")
+
+    def describe(self, operation: Operation, rule: _Notice | None) -> None:
+        if rule is None:
+            return
+        if rule.deprecation is not None:
+            operation.deprecated = True
+            operation.sends("Deprecation", "Since when this is deprecated (RFC 9745)")
+        if rule.sunset is not None:
+            operation.sends("Sunset", "When this will stop to work (RFC 8594)")
+        if rule.documents or rule.successor is not None:
+            operation.sends("Link", *_LINK)
+        if rule.gone_from < inf:
+            operation.answers(VERSION_RETIRED, headers={"Link": _LINK})
 
     def on_request(self, ex: Exchange) -> Problem | None:
         notice: _Notice | None = ex.rule(self)

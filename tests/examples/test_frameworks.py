@@ -8,7 +8,7 @@ import jwt
 import pytest
 
 from sigil_policy.testing import drive
-from tests.asgi_rules import broken_rules
+from sigil_policy.testing.rules import broken_rules
 from tests.served import served
 
 SECRET = "0123456789abcdef0123456789abcdef"

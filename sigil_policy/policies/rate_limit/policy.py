@@ -69,6 +69,7 @@ from sigil_policy.core.exchange import Exchange, Head, Message
 from sigil_policy.core.facts import Principal, Public, Quota, TokenUsage
 from sigil_policy.core.host import Resolution
 from sigil_policy.core.marks import Marks
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import OVER_LIMIT, Answer, Closable, Close, EndOfStream, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import RouteMatcher, parse_route
@@ -115,6 +116,29 @@ class _Rule:
 _EXEMPT = _Rule(0)
 _PLAIN = _Rule(None)
 _ROUTE = "route"
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_MEANINGS = {
+    "RateLimit-Policy": ("The caller's limits: q in w seconds (draft-ietf-httpapi-ratelimit-headers-11)", _TEXT),
+    "RateLimit": ("What is left of each limit: r, for t seconds (draft-ietf-httpapi-ratelimit-headers-11)", _TEXT),
+}
+_X_MEANINGS = {
+    "X-RateLimit-Limit": ("The requests that the caller has in one window", _COUNT),
+    "X-RateLimit-Remaining": ("The requests that are left of them", _COUNT),
+    "X-RateLimit-Reset": ("When the window ends, in seconds since 1970", _COUNT),
+    "X-RateLimit-Window": ("The length of the window in seconds", _COUNT),
+}
+_TOKEN_MEANINGS = {
+    "X-Tokens-Used": ("The language-model tokens that this request has used", _COUNT),
+    "X-Tokens-Remaining": ("The tokens that are left in the caller's budget", _COUNT),
+}
+_WAIT = {
+    "Retry-After": (
+        "Seconds after which another try is worth it (RFC 9110 section 10.2.3)",
+        {"type": "integer", "minimum": 1},
+    )
+}
 
 
 class RateLimit(Policy):
@@ -418,6 +442,24 @@ class RateLimit(Policy):
 
     def resources(self) -> Iterable[Closable]:
         return (cast("Closable", self.counters),) if hasattr(self.counters, "aclose") else ()
+
+    def describe(self, operation: Operation, rule: _Rule | None) -> None:
+        if operation.public or rule is _EXEMPT:
+            return
+        fields = {} if self.draft is None else dict(_MEANINGS)
+        if any(face.headline is not None for face in self._faces.values()):
+            fields |= _X_MEANINGS
+        counted = rule is not None and rule.tokens is not None and self._budgeted
+        spent = _TOKEN_MEANINGS if counted and self.x_headers else {}
+        for name, (meaning, schema) in (fields | spent).items():
+            operation.sends(name, meaning, schema)
+        waits = {**fields, **_WAIT}
+        operation.answers(RATE_EXCEEDED, headers=waits, limit=20, window=60, unit="requests", retry_after=12)
+        if counted:
+            operation.answers(BUDGET_EXCEEDED, headers=waits, limit=10_000, window=60, unit="tokens", retry_after=12)
+            operation.answers(BUDGET_TOO_SMALL, SEMANTICS_FAILED)
+        if self._remote and self.on_store_loss == "closed":
+            operation.answers(LIMITS_UNAVAILABLE, headers=("Retry-After",))
 
     # --- the pass --------------------------------------------------------------------------------------------------
 
