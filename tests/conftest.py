@@ -10,7 +10,7 @@ from tests import canaries
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
 
-settings.register_profile("suite", max_examples=100, deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.register_profile("suite", max_examples=75, deadline=None, suppress_health_check=_QUIET, print_blob=True)
 settings.load_profile("suite")
 
 FUSION_EXAMPLES = 2_000 if os.environ.get("CI") == "true" else 300
