@@ -28,18 +28,12 @@ from sigil_policy.stores.slots import SlotStore
 from sigil_policy.stores.tickets import TicketStore
 
 if TYPE_CHECKING:
-    from sigil_policy.stores.adapter import LimitsStorage
-    from sigil_policy.stores.redis import RedisLimits, RedisLink, RedisRevocations, RedisSlots
-    from sigil_policy.stores.redis.replays import RedisReplays
-    from sigil_policy.stores.redis.tickets import RedisTickets
+    from sigil_policy.stores.redis import RedisLink
 
 _LOCK = Lock()
 _LINKS: "WeakValueDictionary[str, RedisLink]" = WeakValueDictionary()
-_LIMITS: "WeakValueDictionary[str, RedisLimits | LimitsStorage]" = WeakValueDictionary()
-_SLOTS: "WeakValueDictionary[str, RedisSlots]" = WeakValueDictionary()
-_REVOCATIONS: "WeakValueDictionary[str, RedisRevocations]" = WeakValueDictionary()
-_TICKETS: "WeakValueDictionary[str, RedisTickets]" = WeakValueDictionary()
-_REPLAYS: "WeakValueDictionary[str, RedisReplays]" = WeakValueDictionary()
+_STORES: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
+"""By the name of its class and its URL, each store that somebody still has."""
 _ADAPTED = "limits+"
 
 
@@ -53,69 +47,50 @@ def found_by(find: Callable[[str], Any]) -> AfterValidator:
 
 def limit_store(url: str) -> LimitStore:
     """The store of limits at `url`. Raises `ValueError` if it names none, `ImportError` for a missing extra."""
-    with _LOCK:
-        store = _LIMITS.get(url)
-        if store is None:
-            if url.startswith(_ADAPTED):
-                from sigil_policy.stores.adapter import LimitsStorage
-
-                store = LimitsStorage(url.removeprefix(_ADAPTED))
-            else:
-                from sigil_policy.stores.redis import RedisLimits
-
-                store = RedisLimits(_link(url))
-            _LIMITS[url] = store
-        return store
+    store: LimitStore = _found("LimitsStorage" if url.startswith(_ADAPTED) else "RedisLimits", url)
+    return store
 
 
 def slot_store(url: str) -> SlotStore:
-    """The store of slots at `url`, over the same connection as the limits there."""
-    with _LOCK:
-        store = _SLOTS.get(url)
-        if store is None:
-            from sigil_policy.stores.redis import RedisSlots
-
-            store = _SLOTS[url] = RedisSlots(_link(url))
-        return store
+    """The store of slots at `url`, over the same connection as the limits there; so are those below."""
+    store: SlotStore = _found("RedisSlots", url)
+    return store
 
 
 def revocation_store(url: str) -> RevocationStore:
-    """The store of revocations at `url`, over the same connection as the limits there."""
-    with _LOCK:
-        store = _REVOCATIONS.get(url)
-        if store is None:
-            from sigil_policy.stores.redis import RedisRevocations
-
-            store = _REVOCATIONS[url] = RedisRevocations(_link(url))
-        return store
+    """The store of revocations at `url`."""
+    store: RevocationStore = _found("RedisRevocations", url)
+    return store
 
 
 def ticket_store(url: str) -> TicketStore:
-    """The store of tickets at `url`, over the same connection as the limits there."""
-    with _LOCK:
-        store = _TICKETS.get(url)
-        if store is None:
-            from sigil_policy.stores.redis.tickets import RedisTickets
-
-            store = _TICKETS[url] = RedisTickets(_link(url))
-        return store
+    """The store of tickets at `url`."""
+    store: TicketStore = _found("RedisTickets", url)
+    return store
 
 
 def replay_store(url: str) -> ReplayStore:
-    """The store of used proofs at `url`, over the same connection as the limits there."""
-    with _LOCK:
-        store = _REPLAYS.get(url)
-        if store is None:
-            from sigil_policy.stores.redis.replays import RedisReplays
+    """The store of used proofs at `url`."""
+    store: ReplayStore = _found("RedisReplays", url)
+    return store
 
-            store = _REPLAYS[url] = RedisReplays(_link(url))
+
+def _found(kind: str, url: str) -> Any:
+    with _LOCK:
+        store = _STORES.get((kind, url))
+        if store is None:
+            store = _STORES[kind, url] = _made(kind, url)
         return store
 
 
-def _link(url: str) -> "RedisLink":
-    from sigil_policy.stores.redis import RedisLink
+def _made(kind: str, url: str) -> Any:
+    if kind == "LimitsStorage":
+        from sigil_policy.stores.adapter import LimitsStorage
+
+        return LimitsStorage(url.removeprefix(_ADAPTED))
+    from sigil_policy.stores import redis
 
     link = _LINKS.get(url)
     if link is None:
-        link = _LINKS[url] = RedisLink(url)
-    return link
+        link = _LINKS[url] = redis.RedisLink(url)
+    return getattr(redis, kind)(link)
