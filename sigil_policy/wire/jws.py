@@ -13,7 +13,9 @@ import json
 from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from sigil_policy.wire.strict_json import DECODER, refuse, unique
 
 MAX_TOKEN = 8_192
 """Bytes of a whole compact token; anything longer is refused before it is looked at."""
@@ -82,7 +84,7 @@ def parse_object(data: bytes, *, trusted: bool = False) -> dict[str, Any]:
 
     One that is not `trusted` (its signature has not been verified) is bounded more tightly, by what it costs to read.
     """
-    decoder = _DECODER
+    decoder = DECODER
     containers = data.count(b"[") + data.count(b"{")
     if containers > (MAX_CONTAINERS if trusted else _WARY_CONTAINERS):
         raise ValueError("too many objects and arrays")
@@ -133,17 +135,6 @@ def _check(value: dict[str, Any]) -> None:
         raise ValueError("not strict JSON") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a member occurs twice")
-    return members
-
-
-def _refuse(_: str) -> NoReturn:
-    raise ValueError("NaN and Infinity are not JSON")
-
-
 def _wary_decoder() -> json.JSONDecoder:
     """Reads some numbers, and no long ones: one double of many digits takes as long as a whole token."""
     left = iter(range(_WARY_NUMBERS))
@@ -157,8 +148,5 @@ def _wary_decoder() -> json.JSONDecoder:
         return number
 
     return json.JSONDecoder(
-        object_pairs_hook=_unique, parse_int=bounded(int), parse_float=bounded(float), parse_constant=_refuse
+        object_pairs_hook=unique, parse_int=bounded(int), parse_float=bounded(float), parse_constant=refuse
     )
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)

@@ -8,10 +8,11 @@
 Headers mirror the body for those who do not read it; the server executes the body. JSON-RPC 2.0, RFC 8259.
 """
 
-import json
 import re
 from base64 import b64decode
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from sigil_policy.wire.strict_json import DECODER
 
 MOST_CONTAINERS = 20_000
 """Objects and arrays in one message, at most: they are what takes long to read for its length."""
@@ -72,7 +73,7 @@ def read_message(body: bytes) -> Message:
     if body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
         raise ValueError("too many objects and arrays")
     try:
-        value = _DECODER.decode(body.decode("utf-8"))
+        value = DECODER.decode(body.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError:
@@ -104,17 +105,3 @@ def _is_id(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= _LONGEST_ID
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_ID
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a member occurs twice")
-    return members
-
-
-def _refuse(_: str) -> NoReturn:
-    raise ValueError("NaN and Infinity are not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
