@@ -84,7 +84,10 @@ class Principal:
 
 class Cosigners(tuple[Principal, ...]):
     """Whom further credentials of this exchange speak for, beside the `Principal`; ask `Exchange.principals`. Given by
-    `BearerAuth` and `ApiKeyAuth`, where `conflicts_with=None` lets a caller present both."""
+    `BearerAuth` and `ApiKeyAuth`, where `conflicts_with=None` lets a caller present both.
+
+        caller, *cosigners = get_exchange(request).principals
+    """
 
     __slots__ = ()
 

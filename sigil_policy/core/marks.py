@@ -71,9 +71,6 @@ class Marks:
         return frozenset(field.name for field in fields(self) if getattr(self, field.name) is not None)
 
 
-NO_MARKS = Marks()
-
-
 def policy(
     *,
     scopes: str | Sequence[str] | None = None,

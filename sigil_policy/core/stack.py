@@ -52,7 +52,10 @@ _HOOKS = (
 
 
 class MarksIgnoredError(RuntimeError):
-    """An endpoint carries marks that no policy around it understands: what it asks for would silently not happen."""
+    """An endpoint carries marks that no policy around it understands: what it asks for would silently not happen.
+
+    PolicyStack(app, [RequestID()])     # @policy(scopes="agents:read") somewhere in app: Scopes is missing
+    """
 
     def __init__(self, resolution: Resolution, names: Iterable[str]) -> None:
         marks = ", ".join(sorted(names))
@@ -63,7 +66,10 @@ class MarksIgnoredError(RuntimeError):
 
 
 class RouteMismatchError(RuntimeError):
-    """Another endpoint ran than the one that was found before, whose marks were applied."""
+    """Another endpoint ran than the one that was found before, whose marks were applied.
+
+    Raised in the application that begins to answer, with `PolicyStack(app, policies, strict_routes=True)`.
+    """
 
 
 class _Layer:
