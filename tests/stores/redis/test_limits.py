@@ -30,6 +30,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+WEEK = 7 * 86_400
+
+
 def made(server: LimitsServer, **options: Any) -> RedisLimits:
     return RedisLimits(server.url, deadline=PATIENT, **options)
 
@@ -289,7 +292,8 @@ def test_plans_that_the_scripts_cannot_name_are_refused() -> None:
 
 
 def a_plan(*windows: Window, **options: Any) -> Plan:
-    return Plan(name="plan", windows=windows or (Window(5, 60), Window(100, 60, "tokens")), **options)
+    """Weeks, unless a test moves the time: the server's clock runs, and a minute would end in the middle of a test."""
+    return Plan(name="plan", windows=windows or (Window(5, WEEK), Window(100, WEEK, "tokens")), **options)
 
 
 @pytest.mark.anyio
