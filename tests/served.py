@@ -1,15 +1,39 @@
-"""An application as it meets a server: some frameworks wait for the end of the connection before they return.
+"""An application as it meets a server, in process or behind a real socket.
 
 sent = await drive(served(app))
+with on_uvicorn(app, http="h11") as port: ...
 """
 
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
+import uvicorn
+
+
+@contextlib.contextmanager
+def on_uvicorn(app: Any, **options: Any) -> Iterator[int]:
+    """`app` on uvicorn, behind a real socket on this machine; its port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="critical", **options))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert not thread.is_alive()
 
 
 def served(app: Any) -> Any:
-    """`app`, for which `receive` says that the client has gone once the response is complete."""
+    """`app`, for which `receive` says that the client has gone once the response is complete: some frameworks wait for
+    the end of the connection before they return."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         heard, complete = False, anyio.Event()

@@ -3,17 +3,13 @@
 The order of things is a property of its own: `tests/fusion`.
 """
 
-import contextlib
 import json
-import socket
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
@@ -25,6 +21,7 @@ from sigil_policy.core.exchange import Exchange, Head, StreamEndedError
 from sigil_policy.core.policy import Close, Policy
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.testing import FrozenClock, drive
+from tests.served import on_uvicorn
 
 pytestmark = pytest.mark.anyio
 
@@ -83,23 +80,6 @@ def accepting(*then: Any) -> Any:
     return app
 
 
-@contextlib.contextmanager
-def served(app: Any, ws: str) -> Iterator[str]:
-    """`app` on uvicorn, behind a real socket; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, ws=ws, lifespan="off", log_level="critical"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
-            yield f"ws://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(10)
-    assert not thread.is_alive()
-
-
 IMPLEMENTATIONS = pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
 
 
@@ -119,7 +99,7 @@ def test_an_idle_connection_is_closed_when_its_time_has_come(ws: str) -> None:
 
     app = Starlette(routes=[WebSocketRoute("/", echo)])
     app.add_middleware(PolicyStack, policies=[Outcome(seen=seen), Ends(count=3, every=0.05)])
-    with served(app, ws) as url, connect(url, proxy=None) as client:
+    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", proxy=None) as client:
         client.send("hello")
         assert client.recv(timeout=5) == "hello"
         with pytest.raises(ConnectionClosed) as closed:
@@ -143,7 +123,7 @@ def test_no_message_is_lost_however_often_somebody_is_asked(ws: str) -> None:
     app = Starlette(routes=[WebSocketRoute("/", echo)])
     app.add_middleware(PolicyStack, policies=[Ends(count=1_000_000, every=0.0), Never()])
     pauses = threading.Event()
-    with served(app, ws) as url, connect(url, proxy=None) as client:
+    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", proxy=None) as client:
         for burst in range(60):
             for number in range(5):
                 client.send(f"{burst} {number}")
@@ -160,7 +140,7 @@ def test_a_message_that_is_refused_is_answered_and_the_connection_goes_on(ws: st
 
     app = Starlette(routes=[WebSocketRoute("/", echo)])
     app.add_middleware(PolicyStack, policies=[Never()])
-    with served(app, ws) as url, connect(url, proxy=None) as client:
+    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", proxy=None) as client:
         for text in ("one", "never", "two"):
             client.send(text)
         assert client.recv(timeout=5) == "one"
@@ -180,7 +160,10 @@ def test_a_message_that_is_refused_is_answered_and_the_connection_goes_on(ws: st
 def test_the_subprotocol_that_a_policy_chooses_is_the_one_the_client_gets(ws: str) -> None:
     """RFC 6455 section 4.2.2; ASGI has a key of its own for it, and no header (AS-18)."""
     app = PolicyStack(accepting("hi"), [Chooses()])
-    with served(app, ws) as url, connect(url, subprotocols=["sigil.bearer"], proxy=None) as client:  # type: ignore[list-item]
+    with (
+        on_uvicorn(app, ws=ws) as port,
+        connect(f"ws://127.0.0.1:{port}/", subprotocols=["sigil.bearer"], proxy=None) as client,
+    ):  # type: ignore[list-item]
         assert client.subprotocol == "sigil.bearer"
         assert client.recv(timeout=5) == "hi"
 

@@ -1,17 +1,14 @@
 """What a policy may do to a stream while it goes by: choose which to watch, hold it back, end it."""
 
-import contextlib
 import logging
-import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import httpx2
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
@@ -22,6 +19,7 @@ from sigil_policy.core.policy import EndOfStream, Policy
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.testing import drive
 from sigil_policy.testing.rules import broken_rules
+from tests.served import on_uvicorn
 
 pytestmark = pytest.mark.anyio
 
@@ -334,22 +332,6 @@ async def test_foreign_middleware_in_between_changes_nothing() -> None:
     assert [ending[:3] for ending in endings] == [("refused", "After", None)] * 2
 
 
-@contextlib.contextmanager
-def served(app: Any, http: str) -> Iterator[str]:
-    """`app` on uvicorn, behind a real socket; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, lifespan="off", log_level="error"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(10)
-    assert not thread.is_alive()
-
-
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 @pytest.mark.parametrize("pause", [0, 30], ids=["a busy stream", "a stream that is waiting"])
 def test_on_a_real_server_the_client_reads_a_whole_response_and_the_generator_stops(http: str, pause: float) -> None:
@@ -370,10 +352,10 @@ def test_on_a_real_server_the_client_reads_a_whole_response_and_the_generator_st
 
     app = Starlette(routes=[Route("/", endpoint)])
     app.add_middleware(PolicyStack, policies=[Watches(chunks=[], endings=endings), After(count=3, waiting=1)])
-    with served(app, http) as url, httpx2.Client(trust_env=False, timeout=10) as client:
+    with on_uvicorn(app, http=http) as port, httpx2.Client(trust_env=False, timeout=10) as client:
         for _ in range(2):
             closed.clear()
-            with client.stream("GET", url) as response:
+            with client.stream("GET", f"http://127.0.0.1:{port}/") as response:
                 assert response.headers["transfer-encoding"] == "chunked"
                 assert b"".join(response.iter_raw()) == EXPECTED
             assert closed.wait(5)

@@ -3,16 +3,12 @@
 import contextlib
 import json
 import logging
-import socket
-import threading
-from collections.abc import Iterator
 from http.client import HTTPConnection
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
@@ -42,6 +38,7 @@ from tests.identity.proofs import (
     thumbprint,
 )
 from tests.identity.provider import Pair, Provider
+from tests.served import on_uvicorn
 from tests.stores.redis.servers import Server
 
 pytestmark = pytest.mark.anyio
@@ -524,24 +521,6 @@ async def test_a_policy_further_in_that_cannot_verify_the_token_believes_nobody(
 # --- real sockets ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def served(app: Any, **options: Any) -> Iterator[int]:
-    """`app` on uvicorn, behind a real socket; its port."""
-    config = uvicorn.Config(app, port=0, lifespan="off", log_level="critical", **options)
-    server = uvicorn.Server(config)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(10)
-    assert not thread.is_alive()
-
-
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 def test_what_a_client_signs_is_what_a_server_sees(http):
     presented, clock = bound_token(), FrozenClock(NOW)
@@ -554,13 +533,13 @@ def test_what_a_client_signs_is_what_a_server_sees(http):
         connection.close()
         return found
 
-    with served(make_app(with_dpop(), clock=clock), http=http) as port:
+    with on_uvicorn(make_app(with_dpop(), clock=clock), http=http) as port:
         assert status("/v7/a%20b/%C3%A9%2f?page=2", htu=f"{ORIGIN}/v7/a%20b/%c3%a9%2F") == 200
         assert status("/v7/./x/../%7eann", htu=f"{ORIGIN}/v7/~ann") == 200
         assert status("/v7/a/b", htu=f"{ORIGIN}/v7/a%2Fb") == 401
         assert status("/", host="evil.example", htu="https://evil.example/") == 401
         assert status("/") == 200
-    with served(make_app(with_dpop(), clock=clock), http=http, root_path="/billing") as port:
+    with on_uvicorn(make_app(with_dpop(), clock=clock), http=http, root_path="/billing") as port:
         assert status("/x", htu=f"{ORIGIN}/billing/x") == 200, "what a proxy took off is put back by the server"
         assert status("/x", htu=f"{ORIGIN}/x") == 401
 
@@ -568,7 +547,7 @@ def test_what_a_client_signs_is_what_a_server_sees(http):
 @pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
 def test_a_handshake_brings_its_proof_over_a_socket(ws):
     presented = bound_token()
-    with served(make_app(with_dpop(required=True)), ws=ws) as port:
+    with on_uvicorn(make_app(with_dpop(required=True)), ws=ws) as port:
         headers = {name: value.decode() for name, value in dpop_headers(presented, htu=f"{ORIGIN}/live").items()}
         with (
             contextlib.suppress(ConnectionClosed),

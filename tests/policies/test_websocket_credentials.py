@@ -1,13 +1,8 @@
 """Tokens and API keys as a pair of subprotocols: what a browser can send on a WebSocket (RFC 6455 section 4.1)."""
 
-import contextlib
-import socket
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from pydantic import SecretStr, ValidationError
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -27,6 +22,7 @@ from sigil_policy.stores.tickets import MemoryTickets
 from sigil_policy.testing import FrozenClock, Sent, drive
 from sigil_policy.testing.rules import broken_rules
 from tests.identity.material import NOW, make_issuer, token
+from tests.served import on_uvicorn
 
 pytestmark = pytest.mark.anyio
 
@@ -242,23 +238,6 @@ def test_a_name_is_one_that_can_be_offered() -> None:
 # --- over real sockets ------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def served(app: Any, ws: str) -> Iterator[str]:
-    """`app` on uvicorn, behind a real socket; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, ws=ws, lifespan="off", log_level="critical"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
-            yield f"ws://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(10)
-    assert not thread.is_alive()
-
-
 def heard(url: str, **options: Any) -> tuple[str | None, str]:
     with connect(url, open_timeout=20, proxy=None, **options) as client:
         return client.subprotocol, str(client.recv(20))
@@ -273,7 +252,8 @@ def refused(url: str, **options: Any) -> int:
 @pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
 def test_a_real_client_takes_the_answer(ws: str) -> None:
     """It fails a connection that selects what it has not offered (RFC 6455 section 4.1)."""
-    with served(make_app(), ws) as url:
+    with on_uvicorn(make_app(), ws=ws) as port:
+        url = f"ws://127.0.0.1:{port}/"
         assert heard(url, subprotocols=["sigil.bearer", TOKEN]) == ("sigil.bearer", "user_123")
         assert heard(url, subprotocols=["sigil.key", KEY]) == ("sigil.key", "nightly-job")
         assert refused(url, subprotocols=["sigil.bearer", "a.b.c"]) == 401
@@ -299,7 +279,8 @@ async def test_a_ticket_and_an_origin_over_real_sockets(ws: str) -> None:
         return str((await drive(app, "POST", "/ws-ticket", headers=headers)).json()["ticket"])
 
     first, second = await buy(), await buy()
-    with served(app, ws) as url:
+    with on_uvicorn(app, ws=ws) as port:
+        url = f"ws://127.0.0.1:{port}/"
         assert heard(f"{url}?ticket={first}", origin=page) == (None, "user_123")
         assert refused(f"{url}?ticket={first}", origin=page) == 401
         assert refused(f"{url}?ticket={second}", origin="https://evil.example") == 403
