@@ -23,7 +23,7 @@ from sigil_policy.core.policy import Close
 from sigil_policy.core.problems import Problem
 
 if TYPE_CHECKING:
-    from sigil_policy.core.stack import _Layer, _Pass
+    from sigil_policy.core.passing import Layer, Pass
 
 _SHORTEST = 0.01  # seconds: a policy that always wants to be asked again does not spin
 
@@ -33,7 +33,7 @@ class Socket:
 
     __slots__ = ("_due", "_layers", "_pass", "_receive", "opened")
 
-    def __init__(self, passing: "_Pass", layers: "tuple[_Layer, ...]", receive: Receive) -> None:
+    def __init__(self, passing: "Pass", layers: "tuple[Layer, ...]", receive: Receive) -> None:
         self._pass = passing
         self._layers = layers
         self._receive = receive
@@ -103,7 +103,7 @@ class Socket:
             if layer.index < level:
                 await self._check(layer)
 
-    async def _check(self, layer: "_Layer") -> None:
+    async def _check(self, layer: "Layer") -> None:
         """Ask `layer` if its time has come. Raises `StreamEndedError` if that was the end."""
         index, ex = layer.index, self._pass.ex
         clock = ex.clock
@@ -123,7 +123,7 @@ class Socket:
         finally:
             self._due[index] = again
 
-    async def _close(self, layer: "_Layer", close: Close) -> None:
+    async def _close(self, layer: "Layer", close: Close) -> None:
         """End the connection at `layer`. Always raises `StreamEndedError`."""
         passing, ex = self._pass, self._pass.ex
         if ex._closing is None:  # noqa: SLF001
