@@ -17,6 +17,29 @@ X_FIELDS = (b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"
 FIELDS = frozenset((*X_FIELDS, b"ratelimit", b"ratelimit-policy"))
 _ROUNDING = 1e-6
 
+_TEXT: dict[str, Any] = {"type": "string"}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+MEANINGS = {
+    "RateLimit-Policy": ("The caller's limits: q in w seconds (draft-ietf-httpapi-ratelimit-headers-11)", _TEXT),
+    "RateLimit": ("What is left of each limit: r, for t seconds (draft-ietf-httpapi-ratelimit-headers-11)", _TEXT),
+}
+X_MEANINGS = {
+    "X-RateLimit-Limit": ("The requests that the caller has in one window", _COUNT),
+    "X-RateLimit-Remaining": ("The requests that are left of them", _COUNT),
+    "X-RateLimit-Reset": ("When the window ends, in seconds since 1970", _COUNT),
+    "X-RateLimit-Window": ("The length of the window in seconds", _COUNT),
+}
+TOKEN_MEANINGS = {
+    "X-Tokens-Used": ("The language-model tokens that this request has used", _COUNT),
+    "X-Tokens-Remaining": ("The tokens that are left in the caller's budget", _COUNT),
+}
+WAIT = {
+    "Retry-After": (
+        "Seconds after which another try is worth it (RFC 9110 section 10.2.3)",
+        {"type": "integer", "minimum": 1},
+    )
+}
+
 
 def whole_seconds(wait: float) -> int:
     """Whole seconds, never too few; a moment of time is exact to a quarter of a microsecond."""
@@ -86,6 +109,13 @@ class Face:
             "output-tokens": max(usage.output_tokens, usage.total_tokens - usage.input_tokens),
         }
         return tuple([counts[window.unit] for window in self.plan.tokens])
+
+    def too_large(self, amounts: Sequence[int]) -> int | None:
+        """The first token window that could never hold its amount."""
+        for index, ((window, _), amount) in enumerate(zip(self.budgets, amounts, strict=True)):
+            if amount > window.limit:
+                return index
+        return None
 
     def left(self, tokens: Sequence[int]) -> int:
         """What `X-Tokens-Remaining` says of what remains in each token window."""

@@ -49,7 +49,6 @@ draft-ietf-httpapi-ratelimit-headers-11; RFC 6585 section 4; API guidelines, "Ra
 Management".
 """
 
-import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -72,12 +71,14 @@ from sigil_policy.core.marks import Marks
 from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import OVER_LIMIT, Answer, Closable, Close, EndOfStream, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
-from sigil_policy.core.routing import RouteMatcher, parse_route
-from sigil_policy.identity.callers import LONG, Addresses, Key, TrustedProxies, bounded, by_address, by_principal, own
+from sigil_policy.identity.callers import Key, TrustedProxies, by_address, by_principal
 from sigil_policy.identity.challenges import is_preflight
 from sigil_policy.identity.fields import Label
-from sigil_policy.policies.rate_limit.fields import FIELDS, Face, merge
+from sigil_policy.policies.rate_limit.answers import exhausted, never_fits, refusal
+from sigil_policy.policies.rate_limit.counted import ROUTE, Counted
+from sigil_policy.policies.rate_limit.fields import FIELDS, MEANINGS, TOKEN_MEANINGS, WAIT, X_MEANINGS, Face, merge
 from sigil_policy.policies.rate_limit.loss import Fallback, OnStoreLoss
+from sigil_policy.policies.rate_limit.routes import EXEMPT, PLAIN, RouteRule, route_rules
 from sigil_policy.policies.rate_limit.tiers import GUIDELINE_TIERS, LARGEST, Level, Tier, tier
 from sigil_policy.policies.rate_limit.tokens import (
     Estimated,
@@ -88,7 +89,7 @@ from sigil_policy.policies.rate_limit.tokens import (
     last_words,
     reported,
 )
-from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, StoreUnavailableError, Window
+from sigil_policy.stores.limits import Algorithm, Decision, LimitStore, Plan, StoreUnavailableError
 from sigil_policy.stores.memory import memory_limits
 from sigil_policy.stores.urls import found_by, limit_store
 
@@ -96,49 +97,6 @@ logger = structlog.get_logger("sigil_policy")
 
 _PATIENCE = 1.0  # seconds that a response waits for a store to settle
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
-
-
-class _Rule:
-    """What the tables say about one route."""
-
-    __slots__ = ("cost", "limit", "said", "tokens")
-
-    def __init__(
-        self, cost: int | None, tokens: TokenRule | None = None, limit: "tuple[str, Tier, Plan] | None" = None
-    ) -> None:
-        self.cost = 1 if cost is None else cost
-        self.said = cost is not None
-        self.tokens = tokens
-        # Of the route alone: its name, and what each caller may do there.
-        self.limit = limit
-
-
-_EXEMPT = _Rule(0)
-_PLAIN = _Rule(None)
-_ROUTE = "route"
-
-_TEXT: dict[str, Any] = {"type": "string"}
-_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
-_MEANINGS = {
-    "RateLimit-Policy": ("The caller's limits: q in w seconds (draft-ietf-httpapi-ratelimit-headers-11)", _TEXT),
-    "RateLimit": ("What is left of each limit: r, for t seconds (draft-ietf-httpapi-ratelimit-headers-11)", _TEXT),
-}
-_X_MEANINGS = {
-    "X-RateLimit-Limit": ("The requests that the caller has in one window", _COUNT),
-    "X-RateLimit-Remaining": ("The requests that are left of them", _COUNT),
-    "X-RateLimit-Reset": ("When the window ends, in seconds since 1970", _COUNT),
-    "X-RateLimit-Window": ("The length of the window in seconds", _COUNT),
-}
-_TOKEN_MEANINGS = {
-    "X-Tokens-Used": ("The language-model tokens that this request has used", _COUNT),
-    "X-Tokens-Remaining": ("The tokens that are left in the caller's budget", _COUNT),
-}
-_WAIT = {
-    "Retry-After": (
-        "Seconds after which another try is worth it (RFC 9110 section 10.2.3)",
-        {"type": "integer", "minimum": 1},
-    )
-}
 
 
 class RateLimit(Policy):
@@ -273,11 +231,7 @@ class RateLimit(Policy):
             )
         if self.on_store_loss == "local" and self.expected_replicas is None:
             raise ValueError('on_store_loss="local" needs expected_replicas: how many processes share the limits')
-        for plan in (
-            *(face.plan for face in self._faces.values()),
-            *(p for row in self._level_plans for p in row.values()),
-        ):
-            self.counters.prepare(plan)
+        self._counted.prepare()
         self.rules()
         # Made now: the places of one policy in several stacks have it in common, as they have the store.
         self._fallback  # noqa: B018
@@ -285,7 +239,7 @@ class RateLimit(Policy):
         if not self.tokens:
             object.__setattr__(self, "on_body", None)
             object.__setattr__(self, "on_chunk", None)
-        if not self._budgeted and not self._remote:
+        if not self._counted.budgeted and not self._remote:
             object.__setattr__(self, "on_finish", None)
         if self.key is by_address and not self.levels:
             # Needs to know nobody: may stand outside the authentication.
@@ -296,9 +250,9 @@ class RateLimit(Policy):
         own_names = {window.name for row in cast("Mapping[str, Tier]", self.tiers).values() for window in row.windows}
         taken = dict.fromkeys(own_names, "a tier")
         for level in self.levels:
-            if level.name == _ROUTE:
+            if level.name == ROUTE:
                 raise ValueError(
-                    f"level {_ROUTE!r} has the name that limits= and marked endpoints use; call it something else"
+                    f"level {ROUTE!r} has the name that limits= and marked endpoints use; call it something else"
                 )
             mine = {f"{level.name}-{window.name}" for row in level.rows.values() for window in row.windows}
             for name in mine & taken.keys():
@@ -309,14 +263,14 @@ class RateLimit(Policy):
             taken |= dict.fromkeys(mine, f"level {level.name!r}")
 
     def _estimates_fit(self) -> None:
-        if self.tokens and not self._budgeted:
+        if self.tokens and not self._counted.budgeted:
             raise ValueError("tokens has rules, but no tier has a token budget; write Tier(requests=..., tokens=...)")
-        faces = [face for face in self._faces.values() if face.budgets]
+        faces = [face for face in self._counted.faces.values() if face.budgets]
         for route, rule in self.tokens.items():
             estimate = rule.estimate if isinstance(rule, TokenRule) else rule
             if isinstance(estimate, int | TokenUsage) and faces:
                 usage = as_usage(estimate)
-                if all(_too_large(face, face.amounts(usage)) is not None for face in faces):
+                if all(face.too_large(face.amounts(usage)) is not None for face in faces):
                     most = max(window.limit for face in faces for window, _ in face.budgets)
                     raise ValueError(
                         f"tokens[{route!r}] has the estimate {estimate}, which fits into no tier's budget "
@@ -339,121 +293,47 @@ class RateLimit(Policy):
         return Fallback(self.counters, self.expected_replicas or 1, self.algorithm)
 
     @cached_property
-    def _faces(self) -> dict[str | None, Face]:
-        """By tier; under None that of anonymous callers."""
-        tiers = cast("Mapping[str, Tier]", self.tiers)
-        faces: dict[str | None, Face] = {}
-        for name, anonymous in (*((name, False) for name in tiers), (self.anonymous_tier, True)):
-            plan = self._plan(name, tiers[name], "anonymous" if anonymous else name, anonymous=anonymous)
-            faces[None if anonymous else name] = self._face(plan, [(plan, "")])
-        return faces
-
-    def _plan(self, name: str, row: Tier, overflow: str, *, anonymous: bool = False) -> Plan:
-        return Plan(
-            name=name,
-            windows=row.windows,
-            algorithm=self.algorithm,
-            anonymous=anonymous,
-            overflow=f"{'' if self.name is None else f'{self.name} '}overflow {overflow}",
-            lease=self.lease,
-            lapsed=self.lapsed,
-        )
-
-    def _face(self, plan: Plan, levels: Iterable[tuple[Plan, str]]) -> Face:
-        prefix = "" if self.name is None else f"{self.name}-"
-        levels = list(levels)
-        names = [f"{prefix}{level}{window.name}" for part, level in levels for window in part.requests]
-        names += [f"{prefix}{level}{window.name}" for part, level in levels for window in part.tokens]
-        return Face(
-            plan,
-            self.counters,
-            names,
-            headline=self.headline,
-            x_headers=self.x_headers,
-            drafted=self.draft is not None,
-        )
-
-    @cached_property
-    def _level_plans(self) -> list[dict[str, Plan]]:
-        """For each level its plans by row; the first row is for tiers that are not in the table."""
-        return [
-            {name: self._plan(name, row, f"@{level.name} {name}") for name, row in level.rows.items()}
-            for level in self.levels
-        ]
-
-    @cached_property
-    def _levelled_faces(self) -> dict[tuple[Any, ...], Face]:
-        """Faces of callers under levels, as they turn up: at most one for each combination of rows."""
-        return {}
-
-    @cached_property
-    def _unknown_tiers(self) -> set[str | None]:
-        return set()
-
-    @cached_property
-    def _address(self) -> Addresses:
-        return Addresses(self.trusted_proxies, self.ipv6_prefix)
+    def _counted(self) -> Counted:
+        return Counted(self, self.counters)
 
     @cached_property
     def _usage_field(self) -> bytes | None:
         return None if self.usage_header is None else self.usage_header.lower().encode("ascii")
 
-    def rules(self) -> Mapping[str, _Rule]:
-        """One table of all three: for each route that is named in any, what the most specific rules say there."""
+    def rules(self) -> Mapping[str, RouteRule]:
         tokens = {
             r: rule if isinstance(rule, TokenRule) else TokenRule(estimate=rule) for r, rule in self.tokens.items()
         }
-        limits = {route: self._own_limit(route, limits) for route, limits in self.limits.items()}
-        named = (*self.costs, *limits, *tokens, *self.exempt)
-        kinds = {route: route in self.exempt for route in named}
-        matcher = RouteMatcher({0: self.costs, 1: tokens, 2: kinds, 3: limits})
-        parsed = [parse_route(route) for route in named]
-        methods = {route.method for route in parsed} - {None}
-        deepest = max((len(route.segments) for route in parsed), default=0)
-        table: dict[str, _Rule] = {}
-        for route in parsed:
-            path = "/" + "/".join("{_}" if segment is None else segment for segment in route.segments)
-            # A path that only rules match that cover the whole route.
-            probe = path + "/**" * (deepest + 1 if route.tail else 0)
-            for method in {route.method} if route.method else {None, *methods}:
-                found = matcher.match(method or "", probe)
-                rule = _EXEMPT if found.get(2) else _Rule(found.get(0), found.get(1), found.get(3))
-                table[(f"{method} " if method else "") + path.rstrip("/") + ("/**" if route.tail else "") or "/"] = rule
-        return table
-
-    def _own_limit(self, name: str, limits: Tier | str) -> tuple[str, Tier, Plan]:
-        row = tier(limits)
-        plan = self._plan(_ROUTE, row, f"@{_ROUTE} {name}")
-        self.counters.prepare(plan)
-        return name, row, plan
+        limits = {route: self._counted.route_limit(route, limits) for route, limits in self.limits.items()}
+        return route_rules(self.costs, tokens, limits, self.exempt)
 
     def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
-        if rule is _EXEMPT or (marks.cost is None and marks.limit is None):
+        if rule is EXEMPT or (marks.cost is None and marks.limit is None):
             return rule
-        table: _Rule = rule or _PLAIN
+        table: RouteRule = rule or PLAIN
         limit = table.limit
         if limit is None and marks.limit is not None:
             if not isinstance(marks.limit, str | Tier):
                 raise ValueError(f"limit= takes a string like '10/minute', or a Tier, not {type(marks.limit).__name__}")
-            limit = self._own_limit(resolution.name, marks.limit)
-            if limit[2].tokens and not self._budgeted:
+            limit = self._counted.route_limit(resolution.name, marks.limit)
+            if limit[2].tokens and not self._counted.budgeted:
                 raise ValueError("limit= has a token budget, and RateLimit knows none; give its tiers one")
-        return _Rule(table.cost if table.said else marks.cost, table.tokens, limit)
+        return RouteRule(table.cost if table.said else marks.cost, table.tokens, limit)
 
     def resources(self) -> Iterable[Closable]:
         return (cast("Closable", self.counters),) if hasattr(self.counters, "aclose") else ()
 
-    def describe(self, operation: Operation, rule: _Rule | None) -> None:
-        if operation.public or rule is _EXEMPT:
+    def describe(self, operation: Operation, rule: RouteRule | None) -> None:
+        if operation.public or rule is EXEMPT:
             return
-        fields = {} if self.draft is None else dict(_MEANINGS)
-        if any(face.headline is not None for face in self._faces.values()):
-            fields |= _X_MEANINGS
-        counted = rule is not None and rule.tokens is not None and self._budgeted
-        spent = _TOKEN_MEANINGS if counted and self.x_headers else {}
+        fields = {} if self.draft is None else dict(MEANINGS)
+        if any(face.headline is not None for face in self._counted.faces.values()):
+            fields |= X_MEANINGS
+        counted = rule is not None and rule.tokens is not None and self._counted.budgeted
+        spent = TOKEN_MEANINGS if counted and self.x_headers else {}
         for name, (meaning, schema) in (fields | spent).items():
             operation.sends(name, meaning, schema)
-        waits = {**fields, **_WAIT}
+        waits = {**fields, **WAIT}
         operation.answers(RATE_EXCEEDED, headers=waits, limit=20, window=60, unit="requests", retry_after=12)
         if counted:
             operation.answers(BUDGET_EXCEEDED, headers=waits, limit=10_000, window=60, unit="tokens", retry_after=12)
@@ -468,40 +348,22 @@ class RateLimit(Policy):
             return None
         if ex.method == "OPTIONS" and is_preflight(ex):
             return None
-        rule: _Rule | None = ex.rule(self)
-        if rule is _EXEMPT:
+        rule: RouteRule | None = ex.rule(self)
+        if rule is EXEMPT:
             return None
-        face, key = self._counted(ex, rule)
+        face, key = self._counted.by(ex, None if rule is None else rule.limit)
         if rule is None:
             decision = self._admit(key, face.plan, 1, None, ex.clock.time())
             if type(decision) is not Decision:
-                return self._decided_later(ex, face, key, _PLAIN, None, decision)
+                return self._decided_later(ex, face, key, PLAIN, None, decision)
             if not decision.admitted:
-                return self._refuse(face, decision)
+                return refusal(face, decision, x_headers=self.x_headers, spread=self.retry_spread)
             ex.keep(self, (face, decision, None))
             ex.give(face.quota(decision))
             return None
         return self._weigh(ex, face, key, rule)
 
-    def _counted(self, ex: Exchange, rule: _Rule | None) -> tuple[Face, Any]:
-        """Who is counted: the face and the name, or the names of the caller and its levels."""
-        principal = ex.principal
-        face = self._faces.get(None if principal is None else principal.tier)
-        if face is None or (principal is not None and principal.tier is None):
-            face = self._default_face(principal.tier if principal is not None else None)
-        name = self.key(ex)
-        if name is None:
-            name = self._address(ex)
-        elif self._own_key:
-            name = own(name)
-        elif len(name) > LONG:
-            name = bounded(name)
-        if self.name is not None:
-            name = f"{self.name} {name}"
-        limit = None if rule is None else rule.limit
-        return self._levelled(ex, face, name, limit) if self.levels or limit is not None else (face, name)
-
-    def _weigh(self, ex: Exchange, face: Face, key: Any, rule: _Rule) -> Answer | Awaitable[Answer]:
+    def _weigh(self, ex: Exchange, face: Face, key: Any, rule: RouteRule) -> Answer | Awaitable[Answer]:
         """Decide with the tokens that `rule` reserves."""
         if rule.tokens is None or not face.budgets:
             return self._ask(ex, face, key, rule, None)
@@ -512,7 +374,9 @@ class RateLimit(Policy):
                 return self._estimated_later(ex, face, key, rule, estimate)
         return self._estimated(ex, face, key, rule, estimate)
 
-    def _estimated(self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: Any) -> Answer | Awaitable[Answer]:
+    def _estimated(
+        self, ex: Exchange, face: Face, key: Any, rule: RouteRule, estimate: Any
+    ) -> Answer | Awaitable[Answer]:
         try:
             usage = as_usage(estimate)
         except ValueError:
@@ -520,27 +384,33 @@ class RateLimit(Policy):
         return self._ask(ex, face, key, rule, usage)
 
     def _ask(
-        self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: TokenUsage | None
+        self, ex: Exchange, face: Face, key: Any, rule: RouteRule, estimate: TokenUsage | None
     ) -> Answer | Awaitable[Answer]:
         amounts = None
         if estimate is not None:
             amounts = face.amounts(estimate)
-            too_large = _too_large(face, amounts)
+            too_large = face.too_large(amounts)
             if too_large is not None:
-                return _never(face, amounts, too_large)
+                return never_fits(face, amounts, too_large)
         decision = self._admit(key, face.plan, rule.cost, amounts, ex.clock.time())
         if type(decision) is Decision:
             return self._decided(ex, face, rule, estimate, decision)
         return self._decided_later(ex, face, key, rule, estimate, decision)
 
     async def _estimated_later(
-        self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: Awaitable[Estimated]
+        self, ex: Exchange, face: Face, key: Any, rule: RouteRule, estimate: Awaitable[Estimated]
     ) -> Answer:
         answer = self._estimated(ex, face, key, rule, await estimate)
         return answer if answer is None or isinstance(answer, Problem | Reply) else await answer
 
     async def _decided_later(
-        self, ex: Exchange, face: Face, key: Any, rule: _Rule, estimate: TokenUsage | None, asked: Awaitable[Decision]
+        self,
+        ex: Exchange,
+        face: Face,
+        key: Any,
+        rule: RouteRule,
+        estimate: TokenUsage | None,
+        asked: Awaitable[Decision],
     ) -> Answer:
         try:
             decision = await asked
@@ -551,7 +421,7 @@ class RateLimit(Policy):
                 return None
             amounts = None if estimate is None else face.amounts(estimate)
             if self.on_store_loss == "closed" or (
-                amounts is not None and _too_large(fallback.share(face), amounts) is not None
+                amounts is not None and fallback.share(face).too_large(amounts) is not None
             ):
                 return LIMITS_UNAVAILABLE("Limits cannot be checked at the moment.", retry_after=lost.retry_after)
             decision = fallback.decide(face, key, rule.cost, amounts, ex.clock)
@@ -559,10 +429,10 @@ class RateLimit(Policy):
         return self._decided(ex, face, rule, estimate, decision)
 
     def _decided(
-        self, ex: Exchange, face: Face, rule: _Rule, estimate: TokenUsage | None, decision: Decision
+        self, ex: Exchange, face: Face, rule: RouteRule, estimate: TokenUsage | None, decision: Decision
     ) -> Problem | None:
         if not decision.admitted:
-            return self._refuse(face, decision)
+            return refusal(face, decision, x_headers=self.x_headers, spread=self.retry_spread)
         lease = decision.lease
         spending = None
         if lease is not None and rule.tokens is not None and estimate is not None:
@@ -586,8 +456,8 @@ class RateLimit(Policy):
                 if not isinstance(settled, tuple):
                     await self._settle(ex, last, used, settled)
             accounted = last.used or accounted
-        rule: _Rule = ex.rule(self) or _PLAIN
-        answer = self._weigh(ex, *self._counted(ex, rule), _Rule(self.message_cost, rule.tokens))
+        rule: RouteRule = ex.rule(self) or PLAIN
+        answer = self._weigh(ex, *self._counted.by(ex, rule.limit), RouteRule(self.message_cost, rule.tokens))
         if isinstance(answer, Awaitable):
             answer = await answer
         if isinstance(answer, Problem):
@@ -663,7 +533,7 @@ class RateLimit(Policy):
                     break
                 step //= 4
             spending.overdrawn = True
-            problem = _exhausted(face, missing)
+            problem = exhausted(face, missing)
         except StoreUnavailableError as lost:
             # Charged when the exchange ends; meanwhile the store is not asked again for every part.
             spending.overdrawn = True
@@ -738,76 +608,8 @@ class RateLimit(Policy):
     # --- parts of it -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _own_key(self) -> bool:
-        return self.key not in (by_principal, by_address)
-
-    @cached_property
-    def _budgeted(self) -> bool:
-        return (
-            any(face.budgets for face in self._faces.values())
-            or any(plan.tokens for rows in self._level_plans for plan in rows.values())
-            or any(w.unit != "requests" for limits in self.limits.values() for w in tier(limits).windows)
-        )
-
-    @cached_property
     def _admit(self) -> Callable[[Any, Plan, int, tuple[int, ...] | None, float], Any]:
         return self.counters.admit
-
-    def _default_face(self, tier: str | None) -> Face:
-        unknown = self._unknown_tiers
-        if tier not in unknown and len(unknown) < 100:
-            unknown.add(tier)
-            logger.warning("rate_limit_tier_unknown", tier=None if tier is None else tier[:64], used=self.default_tier)
-        return self._faces[self.default_tier]
-
-    def _levelled(self, ex: Exchange, face: Face, name: str, limit: tuple[str, Tier, Plan] | None) -> tuple[Face, Any]:
-        """The face and the keys of a caller with what holds for it on this route alone, and the levels above it."""
-        keys = [name]
-        rows: list[Any] = [face]
-        prefix = "" if self.name is None else f"{self.name} "
-        if limit is not None:
-            rows.append((_ROUTE, limit[2]))
-            keys.append(f"{prefix}@{_ROUTE} {bounded(f'{len(limit[0])} {limit[0]} {name}')}")
-        for level, plans in zip(self.levels, self._level_plans, strict=True):
-            shared = level.key(ex)
-            if shared is None:
-                continue
-            tier = level.tier(ex) if level.tier is not None else ex.principal.tier if ex.principal else None
-            row = tier if isinstance(tier, str) and tier in plans else next(iter(plans))
-            rows.append((level.name, plans[row]))
-            # No caller's name begins like that: neither an address nor a principal nor a key of the application.
-            keys.append(f"{prefix}@{level.name} {bounded(shared)}")
-        if len(keys) == 1:
-            return face, name
-        combined = tuple(rows)
-        known = self._levelled_faces.get(combined)
-        if known is None:
-            parts = [(face.plan, ""), *((plan, f"{name}-") for name, plan in rows[1:])]
-            plan = Plan(name=face.plan.name, levels=tuple(part for part, _ in parts))
-            self.counters.prepare(plan)
-            known = self._levelled_faces[combined] = self._face(plan, parts)
-        return known, tuple(keys)
-
-    def _refuse(self, face: Face, decision: Decision) -> Problem:
-        index = decision.refused_by[0]
-        window = face.plan.windows[index]
-        # Never before the moment that any of the refusing windows gives (draft section 6).
-        wait = max(decision.retry_after, *[decision.reset[i] - decision.at for i in decision.refused_by])
-        if self.retry_spread:
-            wait += random.randint(0, self.retry_spread)  # noqa: S311  spreads load, keeps no secret
-        pairs = face.pairs(decision, index if self.x_headers else None)
-        if window.unit != "requests" and self.x_headers:
-            pairs.append((b"x-tokens-remaining", b"%d" % face.left(decision.remaining[face.split :])))
-        kind = RATE_EXCEEDED if window.unit == "requests" else BUDGET_EXCEEDED
-        return kind(
-            f"{_words(window)} are allowed.",
-            headers=pairs,
-            limit=window.limit,
-            window=window.seconds,
-            unit=window.unit,
-            retry_after=wait,
-            violated_policies=[face.names[i] for i in decision.refused_by],
-        )
 
     def _usage_in(self, head: Head) -> TokenUsage | None:
         value = None if self._usage_field is None else head.get(self._usage_field)
@@ -839,42 +641,6 @@ class RateLimit(Policy):
                 head.replace(b"x-tokens-used", b"%d" % spending.used.total_tokens)
             head.replace(b"x-tokens-remaining", b"%d" % face.left(left))
         return decision._replace(remaining=decision.remaining[: face.split] + left)
-
-
-def _too_large(face: Face, amounts: tuple[int, ...]) -> int | None:
-    """The first token window that could never hold its amount."""
-    for index, ((window, _), amount) in enumerate(zip(face.budgets, amounts, strict=True)):
-        if amount > window.limit:
-            return index
-    return None
-
-
-def _words(window: Window) -> str:
-    length = "a calendar month" if window.calendar else f"{window.seconds} seconds"
-    return f"{window.limit} {window.unit.replace('-', ' ')} in {length}"
-
-
-def _never(face: Face, amounts: tuple[int, ...], index: int) -> Problem:
-    window, _ = face.budgets[index]
-    return BUDGET_TOO_SMALL(
-        f"This request may need {amounts[index]} {window.unit.replace('-', ' ')}; the budget is {_words(window)}.",
-        required=amounts[index],
-        limit=window.limit,
-        window=window.seconds,
-    )
-
-
-def _exhausted(face: Face, missing: tuple[int, ...]) -> Problem:
-    """Why a stream that had begun is ended."""
-    lacking = [row for row, number in zip(face.budgets, missing, strict=True) if number]
-    window, _ = lacking[0]
-    return BUDGET_EXCEEDED(
-        f"The budget of {_words(window)} is spent; the response ends here.",
-        limit=window.limit,
-        window=window.seconds,
-        unit=window.unit,
-        violated_policies=[name for _, name in lacking],
-    )
 
 
 async def _settled_later(spending: Spending, settled: Awaitable[tuple[int, ...]]) -> None:
