@@ -11,6 +11,8 @@ What it guarantees:
 
 * It looks everywhere: mappings, lists, tuples, sets, pairs such as raw headers, dataclasses, JSON inside of strings,
   query strings, URLs, tracebacks, bytes, the texts of objects, keys. What is secret, `SecretRules` says.
+* What a validation has refused is not repeated: of the errors of pydantic, msgspec, attrs and Django, as texts or as
+  lists, the input is hidden, whatever its field is called.
 * What it is given is never changed: a value with nothing secret in it comes back as it is, else a copy.
 * It never raises, it is idempotent, and its time is linear in what it reads: at most 10,000 values and 20 levels of an
   event, and texts of 32 KiB (of a longer one the beginning is kept). What lies beyond is hidden, not shown.
@@ -28,10 +30,11 @@ import logging
 import sys
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
-from sigil_policy.telemetry.sensitive import CLEAR, COUNT, REDACTED, SECRET, SecretRules, is_empty, is_number
+from sigil_policy.telemetry.literals import REDACTED
+from sigil_policy.telemetry.sensitive import CLEAR, COUNT, SECRET, SecretRules, is_empty, is_number
 
 _DEPTH = 20
 _VALUES = 10_000
@@ -47,6 +50,10 @@ _PLAIN_TYPES = frozenset((*_NUMBERS, bool, type(None)))
 
 # Mappings that describe another value: HAR and OpenTelemetry attributes, pydantic's errors.
 _DESCRIBED = (("name", "value"), ("key", "value"), ("header", "value"), ("field", "value"), ("loc", "input"))
+
+# One of pydantic's errors, and what it repeats of the input. `msg` is a text.
+_PYDANTIC = frozenset(("loc", "msg", "input"))
+_REPEATED = frozenset(("input", "ctx"))
 
 # What a LogRecord has by itself.
 _RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -199,12 +206,12 @@ class _Walk:
         return value
 
     def mapping(self, whole: Any, members: dict[Any, Any], depth: int) -> Any:
-        hidden = self.described(members)
+        hidden = _REPEATED if members.keys() >= _PYDANTIC else self.described(members)
         made: dict[Any, Any] = {}
         changed = False
         for name, value in members.items():
             clean_name = name if type(name) in _PLAIN_TYPES else self.name(name, depth)
-            clean = REDACTED if name == hidden else self.named(name, value, depth)
+            clean = REDACTED if name in hidden else self.named(name, value, depth)
             made[clean_name] = clean
             changed = changed or clean is not value or clean_name is not name
         return made if changed else whole
@@ -216,15 +223,15 @@ class _Walk:
         clean = self.text(shown, depth)
         return name if clean is shown else clean
 
-    def described(self, members: Mapping[Any, Any]) -> str | None:
+    def described(self, members: Mapping[Any, Any]) -> Collection[str]:
         """The member whose name another member says: `{"name": "Cookie", "value": "..."}`."""
         for label, holder in _DESCRIBED:
             if label in members and holder in members:
                 named = members[label]
                 names = named if isinstance(named, list | tuple) else (named,)
                 if any(self.verdict(name) == SECRET for name in names):
-                    return holder
-        return None
+                    return (holder,)
+        return ()
 
     def verdict(self, name: Any) -> int:
         if isinstance(name, bytes):

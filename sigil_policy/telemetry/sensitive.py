@@ -12,17 +12,18 @@ language-model tokens: readable where its value is a number.
 
 **Texts** lose what looks like a credential whatever it is called (JWT, `Bearer` and `Basic` credentials, keys with a
 known prefix, PEM private keys, passwords in URLs), and the value after a secret name (`password=...`,
-`"token": "..."`, `Cookie: ...`). A text is read a bounded number of times from left to right.
+`"token": "..."`, `Cookie: ...`), and the input that validations repeat when they refuse it (see `echoes`). A text is
+read a bounded number of times from left to right.
 """
 
 import binascii
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterable
-from functools import cache
 from urllib.parse import unquote
 
-REDACTED = "[REDACTED]"
+from sigil_policy.telemetry.echoes import hide_echoes
+from sigil_policy.telemetry.literals import OPENING, REDACTED, end_of_brackets, end_of_quoted
 
 CLEAR, SECRET, COUNT = 0, 1, 2
 """What a name says of its value: nothing, that it is secret, that it is secret unless it is a number."""
@@ -108,8 +109,6 @@ _NAME = re.compile(
     r"""(?<![A-Za-z0-9_.%-])([A-Za-z0-9_.%-]++)"""
     r"""(?:(?:\\{0,8}+["'])?+\]?+(?:\[[0-9]{0,8}+\])?+[ \t]{0,8}+(=>|->|[:=>])|(\\{0,8}+["']),)[ \t]{0,8}+"""
 )
-_OPENING = re.compile(r"""[bBrRuUfF]{0,2}+(\\{0,8}+)(["'])""")
-_BRACKET = re.compile(r"[\[{(\])}]")
 _WORD_VALUE = re.compile(r"[^\s&]*+")
 _LINE_VALUE = re.compile(r"[^\r\n]*+")
 _ELEMENT_VALUE = re.compile(r"[^<\r\n]*+")
@@ -211,6 +210,8 @@ class SecretRules:
         for pattern in self._patterns:
             text = pattern.sub(REDACTED, text)
         lowered = text.lower()
+        if "'" in text or "," in text or "valid" in lowered or "\u201d" in text:
+            text = hide_echoes(text)
         if "bearer" in lowered or "basic" in lowered or "dpop" in lowered:
             text = _SCHEME.sub(_scheme, text)
         if "%" in text and decoded < 3:
@@ -252,7 +253,7 @@ class SecretRules:
                 verdict = self.verdict(name)
             if verdict == CLEAR or found.start() < done:
                 continue
-            if found[3] is not None and not _opens_tuple(text, found.start()):
+            if found[3] is not None and (text.startswith(")", found.end()) or not _opens_tuple(text, found.start())):
                 continue
             start, end, closing = _value(text, found)
             value = text[start:end]
@@ -342,42 +343,23 @@ def _opens_tuple(text: str, start: int) -> bool:
 def _value(text: str, found: re.Match[str]) -> tuple[int, int, str]:
     """Where the value after a name begins and ends, and what has to close it."""
     start = found.end()
-    opening = _OPENING.match(text, start)
+    opening = OPENING.match(text, start)
     if opening is not None:
-        closing = opening[1] + opening[2]
-        end = _closing(len(opening[1]), opening[2]).search(text, opening.end())
-        if end is None:
-            return opening.end(), len(text), closing
-        return opening.end(), end.start(), ""
+        escapes, quote = len(opening[1]), opening[2]
+        end = end_of_quoted(text, opening.end(), escapes, quote)
+        return opening.end(), end, "" if end < len(text) else opening[1] + quote
     if text.startswith(REDACTED, start):
         return start, start + len(REDACTED), ""
     if text[start : start + 1] in ("{", "[", "("):
-        return start, _matching(text, start), ""
+        return start, end_of_brackets(text, start), ""
     if found[2] == ">":
         pattern = _ELEMENT_VALUE
     elif _words(found[1])[-1] in _WHOLE_LINE:
         before = text[found.start() - 1 : found.start()]
         if before in ('"', "'"):
-            end = _closing(0, before).search(text, start)
-            return start, len(text) if end is None else end.start(), ""
+            return start, end_of_quoted(text, start, 0, before), ""
         pattern = _LINE_VALUE
     else:
         pattern = _WORD_VALUE
     value = pattern.match(text, start)
     return start, start if value is None else value.end(), ""
-
-
-@cache
-def _closing(escapes: int, quote: str) -> re.Pattern[str]:
-    """The quote that closes one which opened behind `escapes` backslashes: JSON inside of JSON has some."""
-    return re.compile(rf"(?<!\\)\\{{{escapes}}}{quote}")
-
-
-def _matching(text: str, start: int) -> int:
-    """The end of the bracket that opens at `start`, or of the text."""
-    depth = 0
-    for found in _BRACKET.finditer(text, start):
-        depth += 1 if found[0] in "[{(" else -1
-        if depth == 0:
-            return found.end()
-    return len(text)
