@@ -1,6 +1,5 @@
 """The stack around Django, which knows no lifespan. uvicorn --lifespan off examples.django_app:app"""
 
-import secrets
 from collections.abc import AsyncIterator
 
 from django.conf import settings
@@ -12,14 +11,13 @@ from django.views.decorators.http import require_safe
 from examples.one_stack import POLICIES
 from sigil_policy import PolicyStack
 
-settings.configure(ROOT_URLCONF=__name__, SECRET_KEY=secrets.token_hex(), ALLOWED_HOSTS=["*"])
+settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"])
 
 
 async def hello(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"hello": "world"})
 
 
-@require_safe
 async def report(request: HttpRequest, number: int) -> JsonResponse:
     return JsonResponse({"share": 100 / number})
 
@@ -32,6 +30,6 @@ async def stream(request: HttpRequest) -> StreamingHttpResponse:
     return StreamingHttpResponse(parts())
 
 
-urlpatterns = [path("", hello), path("reports/<int:number>", report), path("stream", stream)]
+urlpatterns = [path("", hello), path("reports/<int:number>", require_safe(report)), path("stream", stream)]
 
 app = PolicyStack(get_asgi_application(), POLICIES)

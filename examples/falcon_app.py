@@ -2,8 +2,7 @@
 
 from collections.abc import AsyncIterator
 
-import falcon.asgi
-from falcon.asgi import Request, Response
+from falcon.asgi import App, Request, Response
 
 from examples.one_stack import POLICIES
 from sigil_policy import PolicyStack
@@ -28,7 +27,7 @@ class Stream:
         resp.stream = parts()
 
 
-service = falcon.asgi.App()
+service = App()
 for path, resource in {"/": Hello(), "/reports/{number:int}": Report(), "/stream": Stream()}.items():
     service.add_route(path, resource)
 

@@ -1,7 +1,5 @@
 """The stack around Litestar. uvicorn examples.litestar_app:app"""
 
-from collections.abc import AsyncIterator
-
 from litestar import Litestar, get
 from litestar.params import FromPath
 from litestar.response import Stream
@@ -23,11 +21,7 @@ async def report(number: FromPath[int]) -> dict[str, float]:
 
 @get("/stream")
 async def stream() -> Stream:
-    async def parts() -> AsyncIterator[bytes]:
-        for part in (b"one ", b"two ", b"three"):
-            yield part
-
-    return Stream(parts)
+    return Stream(iter((b"one ", b"two ", b"three")))
 
 
 service = Litestar([hello, report, stream], plugins=[ProblemsPlugin()], openapi_config=None, logging_config=None)

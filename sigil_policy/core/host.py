@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sigil_policy.core.marks import Marks
+from sigil_policy.core.marks import Marks, is_anything_marked
 from sigil_policy.core.problems import Reply
 from sigil_policy.core.routing import below
 
@@ -22,10 +22,12 @@ class Resolution:
 
     `template` is its whole path with prefixes and root, `marks` what is said of it, and `own` which of these somebody
     marked with `policy`: they need a policy that understands them. `behind` says that middlewares stand between the
-    stack and the endpoint, which may be such. There is one resolution for an endpoint at a place, until routes change.
+    stack and the endpoint, which may be such. `speaker` is the method of a class that says something of its own, and
+    `label` the methods of the route: they tell endpoints apart at one path. There is one resolution for an endpoint at
+    a place, until routes change.
     """
 
-    __slots__ = ("behind", "endpoint", "marks", "own", "template")
+    __slots__ = ("behind", "endpoint", "label", "marks", "own", "speaker", "template")
 
     def __init__(
         self,
@@ -35,8 +37,12 @@ class Resolution:
         own: frozenset[str] = frozenset(),
         *,
         behind: bool = False,
+        speaker: Any = None,
+        label: str = "",
     ) -> None:
         self.endpoint = endpoint
+        self.speaker = endpoint if speaker is None else speaker
+        self.label = label
         self.template = template
         self.marks = marks
         self.own = own
@@ -45,7 +51,9 @@ class Resolution:
     @property
     def name(self) -> str:
         """Names the endpoint among all of the application, in every process: for counters."""
-        return f"{self.template} {getattr(self.endpoint, '__qualname__', type(self.endpoint).__qualname__)}"
+        speaker = self.speaker
+        words = (self.label, self.template, getattr(speaker, "__qualname__", type(speaker).__qualname__))
+        return " ".join(word for word in words if word)
 
     def __repr__(self) -> str:
         return f"Resolution({self.template!r}, {self.endpoint!r})"
@@ -57,6 +65,9 @@ class Host:
     root_path: str = ""
     """What the application itself sets as `root_path` once a request has come in, in the place of the server's."""
 
+    readable: bool = False
+    """Whether its endpoints can be read."""
+
     folds: bool = False
     """Whether the router takes `/A` for `/a`; then tables of routes do as well."""
 
@@ -67,8 +78,12 @@ class Host:
         return below(root, path) if root else path
 
     def marked(self) -> bool:
-        """Whether something is said of any endpoint; else nobody has to know which one it will be."""
-        return False
+        """Whether something is said of any endpoint; else nobody has to know which one it will be.
+
+        Asked when an exchange begins: it is here that routes are seen which have been added since the last one. Of an
+        application that cannot be read, nothing is found; where marks exist at all, it is said afterwards what ran.
+        """
+        return is_anything_marked()
 
     def find(self, scope: dict[str, Any]) -> Resolution | None:
         """The endpoint that the router will choose for `scope`, or None when it finds none."""

@@ -4,7 +4,8 @@ A route is `"METHOD /v7/agents/{name}"` or, for any method, `"/v7/agents/{name}"
 
 * a segment is literal, or a parameter in braces that stands for exactly one segment;
 * a last segment `**` (or Starlette's `{rest:path}`) stands for any number of segments, also none;
-* a `GET` rule covers `HEAD`, unless there is a rule for `HEAD`; `WEBSOCKET /path` names a WebSocket.
+* a `GET` rule covers `HEAD`, unless there is a rule for `HEAD`; `WEBSOCKET /path` names a WebSocket;
+* it covers `get` as well, unlike RFC 9110 section 9.1: Django and Quart serve one for the other.
 
 The most specific rule wins, segment by segment from the left: a literal before a parameter before `**`; then a rule
 that names the method before one that does not. The order in which rules are written does not matter.
@@ -162,7 +163,10 @@ class RouteMatcher:
         for segment in path.split("/"):
             if segment:
                 state = state.literals.get(segment, state.other)
-        return state.by_method.get(method, state.any_method)
+        found = state.by_method.get(method)
+        if found is None:
+            found = state.any_method if method.isupper() else state.by_method.get(method.upper(), state.any_method)
+        return found
 
 
 def _compile(nodes: tuple[_Node, ...], tails: tuple[_Rule, ...], known: dict[Any, _State]) -> _State:

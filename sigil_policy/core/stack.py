@@ -227,7 +227,9 @@ class PolicyStack:
     def _match(self, ex: Exchange, scope: Scope, marked: bool) -> None:
         found: Any = _NO_RULES
         if self.matcher is not None:
-            found = self.matcher.match(ex.method, self.host.path(scope))
+            # A client may call its method WEBSOCKET: such a request is none, and no rule names its method.
+            method = ex.method if ex.method != "WEBSOCKET" or ex.kind == "websocket" else ""
+            found = self.matcher.match(method, self.host.path(scope))
         if marked:
             resolution = ex._resolution = ex._resolution or self.host.find(scope)  # noqa: SLF001
             if resolution is not None and resolution.marks is not None:
@@ -262,17 +264,19 @@ class PolicyStack:
             return
         resolution = ex._resolution  # noqa: SLF001
         expected = None if resolution is None else resolution.endpoint
-        if (
-            endpoint is not expected
-            and endpoint != expected
-            and (expected is not None or marks_of(endpoint, ex.method))
-        ):
-            self.mismatches += 1
-            logger.error("%s was served by %r, but policies were chosen for %r", ex.method, endpoint, expected)
-            if self.strict_routes:
-                raise RouteMismatchError(f"another endpoint ran than the one that was found before: {endpoint!r}")
-        elif resolution is not None and not resolution.own <= ex._understood:  # noqa: SLF001
-            raise MarksIgnoredError(resolution, resolution.own - ex._understood)  # noqa: SLF001
+        if endpoint is expected or endpoint == expected:
+            if resolution is not None and not resolution.own <= ex._understood:  # noqa: SLF001
+                raise MarksIgnoredError(resolution, resolution.own - ex._understood)  # noqa: SLF001
+            return
+        marks = marks_of(endpoint, ex.method)
+        if expected is None and not marks:
+            return
+        self.mismatches += 1
+        logger.error("%s was served by %r, but policies were chosen for %r", ex.method, endpoint, expected)
+        if self.strict_routes:
+            raise RouteMismatchError(f"another endpoint ran than the one that was found before: {endpoint!r}")
+        if marks is not None and not marks.names <= (known := self.understood | ex._understood):  # noqa: SLF001
+            raise MarksIgnoredError(Resolution(endpoint, ex.path), marks.names - known)
 
     def unserved(self, outside: Iterable[str] = ()) -> list[str]:
         """For each endpoint that carries marks which nobody here understands, a sentence that says what to mount."""

@@ -16,42 +16,93 @@ from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.endpoints import HTTPEndpoint, WebSocketEndpoint
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Router
 
 from sigil_policy.core.exchange import SCOPE_KEY, Exchange
 from sigil_policy.core.host import Host, Resolution
-from sigil_policy.core.marks import Marks
+from sigil_policy.core.marks import Marks, marks_of, speaker_of
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import Problem, Reply
 from sigil_policy.core.routing import below
 from sigil_policy.core.stack import PolicyStack
-from sigil_policy.frameworks.routes import RouteIndex
+from sigil_policy.frameworks.chain import chain
+from sigil_policy.frameworks.routes import RouteIndex, is_known
 from sigil_policy.policies.problems import Problems, from_http_error, from_validation_errors
 
 logger = logging.getLogger("sigil_policy")
 
+_MOST_ENDPOINTS = 1_000
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "TRACE")
-_DEEPEST = 100  # middlewares or mounts: a bound against applications that contain themselves
 
 
-def find_host(app: Any) -> "StarletteHost | None":
-    """A host for `app` when it is, or leads straight to, a Starlette application."""
-    for inner in _chain(app):
-        if isinstance(inner, Starlette | ExceptionMiddleware):
+def find_host(app: Any) -> Host | None:
+    """A host for `app` when it is, or leads straight to, a Starlette application, a router of one, or an endpoint."""
+    inner = app
+    for inner in chain(app, is_known):
+        if isinstance(inner, Starlette | ExceptionMiddleware | Router):
             return StarletteHost(app)
-    return None
+    return EndpointHost() if is_known(inner) or _is_endpoint(inner) else None
+
+
+def _is_endpoint(app: Any) -> bool:
+    return isinstance(app, type) and issubclass(app, HTTPEndpoint | WebSocketEndpoint)
+
+
+class EndpointHost(Host):
+    """What a stack in the `middleware` of a single route is around: the router has run, and says what it has chosen."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Resolution] = {}
+
+    def marked(self) -> bool:
+        return True
+
+    def find(self, scope: dict[str, Any]) -> Resolution | None:
+        endpoint, route = scope.get("endpoint"), scope.get("route")
+        if endpoint is None:
+            return None
+        method: str = scope["method"] if scope["type"] == "http" else ""
+        speaker = speaker_of(endpoint, method)
+        known = self._known.get(id(speaker))
+        if known is None or known.endpoint is not endpoint:
+            marks, around = marks_of(endpoint, method), marks_of(route)
+            marks = around if marks is None else marks.over(around)
+            own = frozenset() if marks is None else marks.names
+            known = Resolution(endpoint, _template(scope), marks, own, speaker=speaker)
+            if len(self._known) >= _MOST_ENDPOINTS:
+                self._known.clear()  # a route that makes its endpoints
+            self._known[id(speaker)] = known
+        return known
+
+    def route(self, scope: dict[str, Any], root: str) -> str | None:
+        return _template(scope)
+
+
+def _template(scope: dict[str, Any]) -> str | None:
+    """What the router has said, once it has run."""
+    route = scope.get("route")
+    # FastAPI keeps included routers as a tree: the route alone does not know its prefix.
+    context = scope.get("fastapi")
+    if isinstance(context, dict):
+        route = context.get("effective_route_context") or route
+    template = getattr(route, "path_format", None) or getattr(route, "path", None)
+    return None if template is None else f"{scope.get('root_path') or ''}{template}"
 
 
 class StarletteHost(Host):
-    """A Starlette or FastAPI application, or what is left of it inside `add_middleware`."""
+    """A Starlette or FastAPI application, what is left of it inside `add_middleware`, or a router."""
+
+    readable = True
 
     def __init__(self, app: Any) -> None:
         self.app = app
         # `FastAPI(root_path=...)` takes it off the path behind a stack that is around the whole application.
-        roots = (getattr(inner, "root_path", "") for inner in _chain(app) if isinstance(inner, Starlette))
+        roots = (getattr(inner, "root_path", "") for inner in chain(app, is_known) if isinstance(inner, Starlette))
         self.root_path = next((root for root in roots if root), "")
         self.index = RouteIndex(app)
 
@@ -59,6 +110,12 @@ class StarletteHost(Host):
         return self.index.marked
 
     def find(self, scope: dict[str, Any]) -> Resolution | None:
+        """The endpoint; None as well for an application that cannot be read, of which a stack in there knows more."""
+        reading = self.index.latest
+        found = self._find(scope)
+        return None if found is not None and id(found.endpoint) in reading.opaque else found
+
+    def _find(self, scope: dict[str, Any]) -> Resolution | None:
         root = scope.get("root_path")
         if self.root_path and self.root_path != root:
             root = self.root_path
@@ -68,7 +125,12 @@ class StarletteHost(Host):
             inner = below(root, path)
             # Routes and mounts do not agree on a path outside of its root: they are asked, and nothing is remembered.
             path = "" if inner is path else inner
-        return self.index.find(scope, path)
+        return self.index.latest.find(scope, path)
+
+    def ran(self, scope: dict[str, Any]) -> Any:
+        """Of an application that cannot be read, a stack in there knows more."""
+        endpoint = scope.get("endpoint")
+        return None if id(endpoint) in self.index.latest.opaque else endpoint
 
     def endpoints(self) -> Iterable[Resolution]:
         return self.index.all()
@@ -77,7 +139,7 @@ class StarletteHost(Host):
         self.index.tag(tags)
 
     def inner_policies(self) -> Iterator[Policy]:
-        for inner in _chain(self.app):
+        for inner in chain(self.app, is_known):
             if isinstance(inner, PolicyStack):
                 yield from inner.policies
 
@@ -91,16 +153,10 @@ class StarletteHost(Host):
         now = scope.get("root_path") or ""
         if "endpoint" not in scope or (now != root and now != self.root_path):
             # The router has not run yet, or a mount has moved the root, in which parameters are what was sent for them.
-            found = self.find({**scope, "root_path": root})
+            found = self._find({**scope, "root_path": root})
             template = None if found is None else found.template
             return None if template is None else f"{self.root_path or root}{template}"
-        route = scope.get("route")
-        # FastAPI keeps included routers as a tree: the route alone does not know its prefix.
-        context = scope.get("fastapi")
-        if isinstance(context, dict):
-            route = context.get("effective_route_context") or route
-        template = getattr(route, "path_format", None) or getattr(route, "path", None)
-        return None if template is None else f"{now}{template}"
+        return _template(scope)
 
     def debug(self, scope: dict[str, Any]) -> bool:
         return getattr(scope.get("app"), "debug", False) is True
@@ -270,15 +326,6 @@ async def _nowhere(scope: Any, receive: Any, send: Any) -> None:
     raise NotImplementedError
 
 
-def _chain(app: Any) -> Iterator[Any]:
-    """`app` and what it wraps, along the attribute that ASGI middlewares keep their application in."""
-    for _ in range(_DEEPEST):
-        if app is None:
-            return
-        yield app
-        app = getattr(app, "app", None)
-
-
 def _targets(app: Any) -> Iterator[Any]:
     """Everything reachable from `app` that answers exceptions: itself, and mounted applications."""
     waiting, seen = [app], set[int]()
@@ -294,7 +341,7 @@ def _targets(app: Any) -> Iterator[Any]:
                 continue
             yield start  # also for a stack that is rebuilt later
             start = start.middleware_stack
-        for inner in _chain(start):
+        for inner in chain(start, is_known):
             if id(inner) in seen:
                 break
             seen.add(id(inner))

@@ -14,6 +14,9 @@ from starlette.applications import Starlette
 
 from sigil_policy.core.host import find_host
 from sigil_policy.core.stack import MarksIgnoredError, PolicyStack
+from sigil_policy.frameworks.chain import chain
+from sigil_policy.frameworks.routes import is_known
+from sigil_policy.frameworks.starlette import StarletteHost
 
 _DEEPEST = 100
 
@@ -21,33 +24,50 @@ _DEEPEST = 100
 def check_app(app: Any) -> None:
     """Fail if an endpoint of `app` carries marks that no policy around it understands.
 
-        check_app(app)      # a Starlette or FastAPI application, or a PolicyStack around one
+        check_app(app)      # an application of a framework that can be read, or a PolicyStack around one
 
-    Raises `AssertionError` with a sentence for each endpoint, and `TypeError` for an application whose routes cannot be
-    read.
+    Mounted applications are looked into. Raises `AssertionError` with a sentence for each endpoint, and `TypeError` for
+    an application whose routes cannot be read.
     """
-    stacks = [inner for inner in _chain(_built(app)) if isinstance(inner, PolicyStack)]
-    if stacks:
-        outer = stacks[0]
-        heard = frozenset(name for stack in stacks for name in stack.understood)
-        complaints = outer.unserved(heard)
-    else:
-        host = find_host(app)
-        if not host.endpoints():
-            raise TypeError(f"the routes of {type(app).__name__} cannot be read; give the application itself")
-        complaints = [str(MarksIgnoredError(found, found.own)) for found in host.endpoints() if found.own]
+    complaints = [*_unheard(app, frozenset(), _DEEPEST)]
     if complaints:
         raise AssertionError("; ".join(dict.fromkeys(complaints)))
 
 
-def _built(app: Any) -> Any:
-    """The application with its middlewares, as the first request would find it."""
-    return app.build_middleware_stack() if isinstance(app, Starlette) else app
+def _unheard(app: Any, heard: frozenset[str], deepest: int) -> Iterator[str]:
+    """A sentence for each endpoint of `app` whose marks nobody hears, where those around it hear `heard`."""
+    stacks = _stacks(app)
+    heard = heard.union(*(stack.understood for stack in stacks))
+    host = stacks[0].host if stacks else find_host(_built(app))
+    if not host.readable:
+        if deepest == _DEEPEST:
+            raise TypeError(f"the routes of {type(app).__name__} cannot be read; give the application itself")
+        return
+    for found in host.endpoints():
+        if not found.behind and not found.own <= heard:
+            yield str(MarksIgnoredError(found, found.own - heard))
+    if not isinstance(host, StarletteHost) or not deepest:
+        return
+    for inner, served in host.index.behind():
+        if served is None:
+            yield from _unheard(inner, heard, deepest - 1)
+            continue
+        there = heard.union(*(stack.understood for stack in _stacks(inner)))
+        if not served.own <= there:
+            yield str(MarksIgnoredError(served, served.own - there))
 
 
-def _chain(app: Any) -> Iterator[Any]:
+def _stacks(app: Any) -> list[PolicyStack]:
+    """The stacks around `app`, outermost first, as the first request would find them."""
+    found: list[PolicyStack] = []
     for _ in range(_DEEPEST):
-        if app is None:
-            return
-        yield app
-        app = _built(app.app) if isinstance(getattr(app, "app", None), Starlette) else getattr(app, "app", None)
+        *around, app = chain(_built(app), is_known)
+        found += [inner for inner in (*around, app) if isinstance(inner, PolicyStack)]
+        if not isinstance(app, Starlette):
+            break
+    return found
+
+
+def _built(app: Any) -> Any:
+    """The application with its middlewares."""
+    return app.build_middleware_stack() if isinstance(app, Starlette) else app

@@ -1,5 +1,6 @@
 """Litestar, Quart, Falcon, Django, BlackSheep: the endpoint is found by the framework's own router, before it runs."""
 
+import asyncio
 import subprocess
 import sys
 from types import ModuleType
@@ -37,6 +38,7 @@ from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import MarksIgnoredError, PolicyStack
 from sigil_policy.frameworks.routes import RouteIndex
 from sigil_policy.policies.problems import Problems
+from sigil_policy.policies.request_id import RequestID
 from sigil_policy.policies.scopes import Scopes
 from sigil_policy.testing import FrozenClock, connect, drive
 from tests.frameworks.services import configured_django as django_app
@@ -524,7 +526,7 @@ def test_made_up_methods_are_not_kept_for_a_class_of_starlette() -> None:
         found = index.find({"type": "http", "method": method, "path": "/items", "headers": []}, "/items")
         assert found is not None
         said[method] = found.marks.scopes if found.marks else None
-    assert len(index._resolutions) < 10
+    assert len(index.now._resolutions) < 10
     assert {name: said[name] for name in ("GET", "HEAD", "PURGE", "M1", "POST")} == {
         "GET": ("read",), "HEAD": ("read",), "PURGE": ("purge",), "M1": ("class",), "POST": ("class",),
     }  # fmt: skip
@@ -600,6 +602,20 @@ async def test_quart_around_its_inner_application() -> None:
     assert [(await ask(app, "GET /items/5", scopes)).status for scopes in (None, "read")] == [401, 200]
 
 
+async def test_a_request_to_quart_waits_for_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quart runs what listens to its signals in a thread, if it is no coroutine: a response would come a turn late."""
+
+    def taken(*_: Any) -> Any:
+        raise AssertionError("a thread was taken")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", taken)
+    around = stack(quart_app(), Scopes())
+    assert (await ask(around, "GET /items/5", "read")).status == 200
+    async with connect(around, "/ws/lobby", headers={"host": "localhost", "x-scopes": "talk"}) as socket:
+        await socket.accepted()
+    assert around.mismatches == 0
+
+
 async def test_quart_with_hosts() -> None:
     app = quart.Quart(__name__, host_matching=True, static_host="localhost")
     for host in ("localhost", "elsewhere"):
@@ -627,6 +643,13 @@ async def test_falcon_middleware_that_sends_elsewhere_is_noticed(strict: bool) -
     sent = await ask(around, "GET /open")
     assert around.mismatches >= 1
     assert (sent.body == b"read") is not strict
+
+
+async def test_falcon_methods_that_are_none_are_no_mismatch() -> None:
+    """A client may send `get`, which Falcon refuses; that is no endpoint that ran."""
+    around = stack(falcon_app(), Scopes(), strict_routes=True)
+    assert (await ask(around, "get /items/5", "read")).status == 400
+    assert around.mismatches == 0
 
 
 async def test_falcon_sinks_and_foreign_routers() -> None:
@@ -742,6 +765,49 @@ async def test_blacksheep_middlewares_hide_no_marks() -> None:
     await app.start()
     around = stack(app, Scopes())
     assert [(await ask(around, "GET /items/5", scopes)).status for scopes in ("", "read")] == [403, 200]
+
+
+async def test_blacksheep_paths_that_are_no_text_are_its_own_affair() -> None:
+    """Its router fails at them. We would as well, before any policy has had its turn."""
+    app = blacksheep_app()
+    await app.start()
+    around = PolicyStack(app, [RequestID(), Problems(), Caller(), Scopes()])
+    sent = await drive(
+        around, "GET", "/plain/x", scope={"raw_path": b"/plain/\xff"}, headers={"host": "localhost", "x-scopes": ""},
+        raise_errors=False,
+    )  # fmt: skip
+    assert sent.status == 500
+    assert sent.json()["error_code"] == "SRV_500"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+async def test_a_middleware_that_is_a_function_hides_no_marks(name: str) -> None:
+    app = MAKERS[name]()
+    if name == "blacksheep":
+        await app.start()
+
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+
+    around = stack(middleware, Scopes())
+    assert [(await ask(around, "GET /items/5", scopes)).status for scopes in ("write", "read")] == [403, 200]
+
+
+async def test_a_view_of_quart_that_is_exchanged_has_its_own_marks() -> None:
+    app = quart.Quart(__name__)
+
+    async def free() -> str:
+        return "free"
+
+    @policy(scopes="admin")
+    async def closed() -> str:
+        return "closed"
+
+    app.add_url_rule("/x", "x", free)
+    around = stack(app, Scopes())
+    assert (await ask(around, "GET /x", "")).status == 200
+    app.view_functions["x"] = closed
+    assert [(await ask(around, "GET /x", scopes)).status for scopes in ("", "admin")] == [403, 200]
 
 
 async def test_blacksheep_controllers() -> None:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket
 from fastapi.security import OAuth2PasswordBearer, SecurityScopes
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
@@ -97,6 +98,7 @@ def test_marks_are_found_behind_wrappers_and_partials() -> None:
         ({"scopes": "a", "any_scope": "b"}, "keep one"),
         ({"scopes": 'a"b'}, "RFC 6749"),
         ({"any_scope": []}, "nobody"),
+        ({"public": "no"}, "True, False or None"),
         ({"cost": -1}, "cost"),
         ({"cost": True}, "cost"),
         ({"timeout": 0}, "timeout"),
@@ -474,6 +476,46 @@ def test_check_app_finds_marks_that_nobody_hears() -> None:
 
     with pytest.raises(TypeError, match="cannot be read"):
         check_app(bare)
+
+
+def test_check_app_looks_into_what_is_mounted_behind_middlewares() -> None:
+    """What stands there may have a stack of its own; a stack outside only assumes that it has."""
+
+    class Passing:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+    def api(*policies: Policy) -> Starlette:
+        inner = marked_app(cost=2)
+        inner.add_middleware(PolicyStack, policies=policies) if policies else inner.add_middleware(Passing)
+        return inner
+
+    heard, unheard = api(RateLimit()), api()
+    around = [Middleware(PolicyStack, policies=[RateLimit()])]
+    check_app(Starlette(routes=[Mount("/in", app=heard)]))
+    check_app(mounted(Starlette(routes=[Mount("/in", app=heard)])))
+    check_app(Starlette(routes=[Mount("/in", routes=marked_app(cost=2).routes, middleware=around)]))
+    check_app(Starlette(routes=[Route("/in", policy(cost=2)(guarded), middleware=around)]))
+    check_app(mounted(Starlette(routes=[Mount("/in", app=unheard)]), RateLimit()))
+    for app in (
+        Starlette(routes=[Mount("/in", app=unheard)]),
+        mounted(Starlette(routes=[Mount("/in", app=unheard)])),
+        Starlette(routes=[Mount("/in", app=Starlette(routes=[Mount("/deep", app=unheard)]), middleware=around[:0])]),
+        Starlette(routes=[Mount("/in", app=marked_app(scopes="a"), middleware=around)]),
+        Starlette(routes=[Route("/in", policy(scopes="a")(guarded), middleware=around)]),
+    ):
+        with pytest.raises(AssertionError, match=r"scopes|cost"):
+            check_app(app)
+
+
+def test_check_app_does_not_pass_what_it_cannot_read() -> None:
+    held = {"app": marked_app(cost=2)}
+
+    async def dispatch(scope: Any, receive: Any, send: Any) -> None:
+        await held["app"](scope, receive, send)
+
+    with pytest.raises(TypeError, match="cannot be read"):
+        check_app(PolicyStack(dispatch, [Problems()]))
 
 
 def test_a_tag_takes_marks() -> None:

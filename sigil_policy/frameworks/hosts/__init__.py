@@ -10,6 +10,8 @@
 | Django | the URL resolver, with the language of the path | the view, the class of a view | yes |
 | BlackSheep | `router.get_match` | the handler, its controller | no |
 
+An application may be marked as a whole, where it lets attributes be set: that is the weakest.
+
 Nothing of a framework is imported before the application has imported it. Applications that are mounted below one of
 these are not read: their own stacks, and the tables of the policies, speak for them. What a router does not find has no
 marks: the tables hold, and the default of each policy. Routes that are added while the application runs are seen.
@@ -18,53 +20,46 @@ marks: the tables hold, and the default of each policy. Routes that are added wh
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from types import MethodType
 from typing import Any
 
 from sigil_policy.core.host import Host, Resolution
-from sigil_policy.core.marks import Marks, marks_of
+from sigil_policy.core.marks import Marks, marks_of, speaker_of
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import PolicyStack
+from sigil_policy.frameworks.chain import chain
 
 RAN = "sigil_policy.endpoint"
 """Where in the scope a framework's hook leaves the endpoint that it has chosen."""
 
 _FOUND = "sigil_policy.resolution"
-_DEEPEST = 100  # middlewares: a bound against what contains itself
 _FRAMEWORKS = ("litestar", "quart", "falcon", "django", "blacksheep")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY", "WEBSOCKET"))
 
 
 def find_host(app: Any) -> Host | None:
     """A host for `app` when it is, or leads straight to, an application of one of these frameworks."""
-    here = [name for name in _FRAMEWORKS if name in sys.modules]
-    if here:
-        for inner in chain(app):
-            for name in here:
-                host: Host | None = import_module(f"{__name__}.{name}").host_for(inner, app)
-                if host is not None:
-                    return host
-    return None
+    here = [import_module(f"{__name__}.{name}") for name in _FRAMEWORKS if name in sys.modules]
 
+    def host_of(inner: Any) -> Host | None:
+        hosts = (module.host_for(inner, app) for module in here)
+        return next((host for host in hosts if host is not None), None)
 
-def chain(app: Any) -> Iterator[Any]:
-    """`app` and what it wraps; a bound method, such as Quart's `asgi_app`, stands for its object."""
-    for _ in range(_DEEPEST):
-        if app is None:
-            return
-        if isinstance(app, MethodType):
-            app = app.__self__
-        yield app
-        app = getattr(app, "app", None)
+    hosts = map(host_of, chain(app, lambda inner: host_of(inner) is not None)) if here else iter(())
+    return next((host for host in hosts if host is not None), None)
 
 
 def method_of(scope: Mapping[str, Any]) -> str:
     return scope["method"] if scope["type"] == "http" else "WEBSOCKET"
 
 
+class NotStartedError(RuntimeError):
+    """An application has no routes before it starts, and is asked for them: nobody can know what they say."""
+
+
 class RoutedHost(Host):
     """What these frameworks have in common: endpoints are read again when there are others than before."""
 
+    readable = True
     takes_root_off = True
     """Templates begin behind the root path."""
 
@@ -96,9 +91,15 @@ class RoutedHost(Host):
         key = (self, scope["path"], scope.get("root_path"))
         known = scope.get(_FOUND)
         if known is None or known[0] != key:
-            known = scope[_FOUND] = (key, self.ask(scope))
-        found: Resolution | None = known[1]
-        return found
+            try:
+                found = self.ask(scope)
+            except NotStartedError:
+                raise
+            except Exception:  # noqa: BLE001  its router fails at such a path, and will say so itself
+                found = None
+            known = scope[_FOUND] = (key, found)
+        answer: Resolution | None = known[1]
+        return answer
 
     def route(self, scope: dict[str, Any], root: str) -> str | None:
         found = self.find(scope)
@@ -114,7 +115,7 @@ class RoutedHost(Host):
         self._version = self
 
     def inner_policies(self) -> Iterator[Policy]:
-        for inner in chain(self.around):
+        for inner in chain(self.around, lambda one: one is self.app):
             if isinstance(inner, PolicyStack):
                 yield from inner.policies
 
@@ -126,21 +127,23 @@ class RoutedHost(Host):
         self, route: Any, endpoint: Any, written: str | None, method: str, speaking: Callable[[], Iterable[Any]]
     ) -> Resolution:
         """The one resolution of `endpoint` at `route`; who is `speaking` may carry marks, the strongest first."""
-        # Methods are a client's to make up; only those of a class say something of their own.
-        if method not in _METHODS and not any(
-            isinstance(one, type) and hasattr(one, method.lower()) for one in speaking()
-        ):
-            method = ""
+        if method not in _METHODS:
+            # Methods are a client's to make up; only those of a class, in any case, say something of their own.
+            own = any(isinstance(one, type) and speaker_of(one, method) is not one for one in speaking())
+            method = method.lower() if own else ""
         key = (id(route), written, method)
         known = self._resolutions.get(key)
         if known is None or known.endpoint != endpoint:
             marks: Marks | None = None
-            own: frozenset[str] = frozenset()
-            for one in speaking():
+            names: frozenset[str] = frozenset()
+            speaker = endpoint
+            for one in (*speaking(), self.app):
                 said = one if isinstance(one, Marks) else marks_of(one, method)
                 if said is not None:
                     marks = said if marks is None else marks.over(said)
-                    own |= said.names
+                    names |= said.names
+                if isinstance(one, type) and speaker_of(one, method) is not one:
+                    speaker = speaker_of(one, method)
             template = None if written is None else self.template(written)
-            known = self._resolutions[key] = Resolution(endpoint, template, marks, own)
+            known = self._resolutions[key] = Resolution(endpoint, template, marks, names, speaker=speaker)
         return known

@@ -16,7 +16,7 @@ from blacksheep.server.routing import RouteMethod
 from blacksheep.url import InvalidURL
 
 from sigil_policy.core.host import Host, Resolution
-from sigil_policy.frameworks.hosts import RoutedHost, method_of
+from sigil_policy.frameworks.hosts import NotStartedError, RoutedHost, method_of
 
 _DEEPEST = 100
 _WEBSOCKET = RouteMethod.GET_WS
@@ -45,7 +45,7 @@ class BlackSheepHost(RoutedHost):
         if not self.app.started:
             if not self.marked():
                 return None
-            raise RuntimeError(
+            raise NotStartedError(
                 "this BlackSheep application has marked endpoints and has not started, so it has no routes yet; serve "
                 "it with a lifespan (uvicorn --lifespan on), or await app.start() first"
             )

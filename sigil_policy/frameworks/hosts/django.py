@@ -42,10 +42,10 @@ class DjangoHost(RoutedHost):
         super().__init__(app, around)
         self._lists: list[Sequence[Any]] = []
 
-    def version(self) -> list[int]:
+    def version(self) -> list[list[Any]]:
         if not self._lists:
             self._lists = [patterns for patterns, _ in self._tree()]
-        return [len(patterns) for patterns in self._lists]
+        return [[*patterns] for patterns in self._lists]
 
     def marked(self) -> bool:
         if self.version() != self._version:

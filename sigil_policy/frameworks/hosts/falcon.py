@@ -27,7 +27,8 @@ class _Notes:
     """Falcon's middleware: leaves in the scope whose turn it is."""
 
     async def process_resource(self, req: Any, resp: Any, resource: Any, params: Any) -> None:
-        _note(req.scope, resource, f"on_{req.method.lower()}")
+        if req.method.isupper():  # else there is no such method for Falcon
+            _note(req.scope, resource, f"on_{req.method.lower()}")
 
     async def process_resource_ws(self, req: Any, ws: Any, resource: Any, params: Any) -> None:
         _note(req.scope, resource, "on_websocket")
@@ -49,6 +50,7 @@ class FalconHost(RoutedHost):
         router = getattr(app, "_router", None)
         readable = type(router) is CompiledRouter and hasattr(router, "_find") and hasattr(router, "_roots")
         self._router: Any = router if readable else None
+        self.readable = readable
 
     def version(self) -> Any:
         # The router forgets its compiled search when a route is added.

@@ -13,10 +13,12 @@ from typing import Any
 
 from litestar import Litestar
 from litestar.exceptions import HTTPException
+from litestar.handlers import ASGIRouteHandler
 from litestar.routes import ASGIRoute, HTTPRoute, WebSocketRoute
 from litestar.utils import normalize_path
 
 from sigil_policy.core.host import Host, Resolution
+from sigil_policy.core.marks import marks_of
 from sigil_policy.frameworks.hosts import RoutedHost, method_of
 
 _PARAMETER = re.compile(r"\{([^{}:]+):[^{}]*\}")
@@ -31,8 +33,8 @@ def host_for(app: Any, around: Any) -> Host | None:
 
 
 class LitestarHost(RoutedHost):
-    def version(self) -> int:
-        return len(self.app.routes)
+    def version(self) -> list[Any]:
+        return [*self.app.routes]
 
     def path(self, scope: dict[str, Any]) -> str:
         path: str = scope["path"]
@@ -49,7 +51,9 @@ class LitestarHost(RoutedHost):
             return None
         if not template:
             template = None  # a mount: its handler does not know where it is
-        return self._resolve(handler, template, method_of(scope))
+        found = self._resolve(handler, template, method_of(scope))
+        # Of an ASGI application of which nothing is said, a stack in there knows more.
+        return None if found.marks is None and isinstance(handler, ASGIRouteHandler) else found
 
     def route(self, scope: dict[str, Any], root: str) -> str | None:
         said: str | None = scope.get("path_template")  # the router has run, and has changed the path
@@ -57,7 +61,9 @@ class LitestarHost(RoutedHost):
 
     def ran(self, scope: dict[str, Any]) -> Any:
         handler = scope.get("route_handler")
-        return None if handler is None else handler.fn
+        if handler is None or (isinstance(handler, ASGIRouteHandler) and marks_of(handler.fn) is None):
+            return None
+        return handler.fn
 
     def endpoints(self) -> Iterable[Resolution]:
         for route in self._routes():
@@ -86,8 +92,8 @@ class LitestarHost(RoutedHost):
 class RouteHost(LitestarHost):
     """A stack in `middleware=`: behind the router, around the handlers of one route."""
 
-    def version(self) -> int:
-        return 1
+    def version(self) -> list[Any]:
+        return []
 
     def ask(self, scope: dict[str, Any]) -> Resolution | None:
         handler = scope.get("route_handler")

@@ -16,7 +16,8 @@ from werkzeug.exceptions import HTTPException
 from sigil_policy.core.host import Host, Resolution
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import PolicyStack
-from sigil_policy.frameworks.hosts import RAN, RoutedHost, chain, method_of
+from sigil_policy.frameworks.chain import chain
+from sigil_policy.frameworks.hosts import RAN, RoutedHost, method_of
 
 _PARAMETER = re.compile(r"<(?:[A-Za-z_]\w*(?:\(.*?\))?:)?([A-Za-z_]\w*)>")
 _noted: WeakKeyDictionary[Quart, bool] = WeakKeyDictionary()
@@ -42,8 +43,9 @@ class _Asked:
 
 
 class QuartHost(RoutedHost):
-    def version(self) -> tuple[int, int, bool]:
-        return len(self.app.view_functions), len(self.app.blueprints), self.app.url_map.host_matching
+    def version(self) -> list[Any]:
+        app = self.app
+        return [*app.view_functions.values(), *app.blueprints.values(), app.url_map.host_matching]
 
     def path(self, scope: dict[str, Any]) -> str:
         path: str = scope["path"]
@@ -76,7 +78,7 @@ class QuartHost(RoutedHost):
 
     def inner_policies(self) -> Iterator[Policy]:
         yield from super().inner_policies()
-        for inner in chain(self.app.asgi_app):
+        for inner in chain(self.app.asgi_app, lambda one: one is self.app):
             if isinstance(inner, PolicyStack):
                 yield from inner.policies
 
@@ -94,11 +96,12 @@ class QuartHost(RoutedHost):
         return self.resolution(rule, view, rule.rule, method, speaking)
 
 
-def _note_request(sender: Quart, **_: Any) -> None:
+# Coroutines, though they wait for nothing: Quart sends other receivers to a thread, for each request.
+async def _note_request(sender: Quart, **_: Any) -> None:
     _note(sender, request)
 
 
-def _note_websocket(sender: Quart, **_: Any) -> None:
+async def _note_websocket(sender: Quart, **_: Any) -> None:
     _note(sender, websocket)
 
 
