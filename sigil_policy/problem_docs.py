@@ -84,6 +84,9 @@ class ProblemDocs:
         messages: Messages | None = None,
         language: str = "en",
     ) -> None:
+        for tag, titles in (messages or {}).items():
+            if not all(isinstance(title, str) for title in titles.values()):
+                raise TypeError(f"messages[{tag!r}] maps codes to titles, which are texts")
         self.style = ProblemStyle(base_url=base_url, messages=messages or {}, language=language)
         if types is None:
             for status in HTTPStatus:
@@ -121,6 +124,7 @@ class ProblemDocs:
     def _answer(self, ex: Exchange, scope: Any) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         root = (scope.get("root_path") or "").rstrip("/")
         slug = scope["path"].removeprefix(root).strip("/")
+        root = "/" + root.strip("/") if root else ""  # "//host/path" would lead to another host
         found: ProblemType | None = None
         if slug:
             found = next((kind for kind in self._known() if kind.slug == slug), None)
@@ -216,7 +220,8 @@ def _wants_page(accept: bytes) -> bool:
     """Whether HTML is wanted more than JSON; who wants anything gets JSON."""
     weights = dict(reversed(weighted(accept)))
     page = weights.get("text/html", weights.get("text/*", 0.0))
-    return page > 0 and page >= max((weights[name] for name in _JSON if name in weights), default=0.0)
+    data = [weights[name] for name in _JSON if name in weights]
+    return page > 0 and page >= (max(data) if data else weights.get("*/*", 0.0))
 
 
 async def _live(receive: Any, send: Any) -> None:

@@ -1,6 +1,7 @@
 """The pages of the problem types: every `type` leads to one."""
 
 import re
+import time
 from html.parser import HTMLParser
 from typing import Any
 
@@ -83,6 +84,9 @@ async def test_who_does_not_ask_for_a_page_gets_json() -> None:
         ("text/*", "text/html; charset=utf-8"),
         ("application/json, text/html;q=0.9", "application/json"),
         ("text/html;q=0", "application/json"),
+        ("text/html;q=0.5, */*", "application/json"),
+        ("text/html;q=0.5, */*, application/json;q=0.1", "text/html; charset=utf-8"),
+        ("text/html, */*", "text/html; charset=utf-8"),
         ("application/problem+json", "application/json"),
         ("image/png", "application/json"),
         ("", "application/json"),
@@ -229,6 +233,7 @@ async def test_problems_speak_the_language_too() -> None:
         ({"messages": {"de_DE": {}}}, "language tag"),
         ({"messages": {"de": {"agt": "x"}}}, "AGT_001"),
         ({"messages": {"de": {"AGT_971": ""}}}, "AGT_971"),
+        ({"messages": {"de": {"AGT_971": 5}}}, "which are texts"),
         ({"language": "en\r\nx"}, "language tag"),
     ],
 )
@@ -264,3 +269,28 @@ async def test_a_prefix_in_links_is_text_too() -> None:
     sent = await drive(ProblemDocs(), path='/"><script>/', scope={"root_path": '/"><script>'}, headers=PAGE)
     assert sent.status == 200
     assert "script" not in Seen(sent.body.decode()).tags
+
+
+@pytest.mark.parametrize("root", ["//evil.example", "///evil.example/x", "/\\evil.example", "//"])
+async def test_a_link_never_leads_to_another_host(root: str) -> None:
+    """RFC 3986 section 4.2: what begins with two slashes names a host. A prefix may come from a path parameter."""
+    for slug in ("", "agt-971"):
+        sent = await drive(ProblemDocs(), path=f"{root.rstrip('/')}/{slug}", scope={"root_path": root}, headers=PAGE)
+        links = Seen(sent.body.decode()).links
+        assert sent.status == 200 and links
+        assert not [link for link in links if link.startswith(("//", "/\\")) or not link.startswith("/")]
+
+
+async def test_an_index_in_many_languages_is_made_quickly_whoever_asks() -> None:
+    """0.2 ms is how long an event loop may stand still; one language was looked up anew for each type."""
+    messages = {tag: {kind.code: kind.title for kind in registered_types()} for tag in ("de", "fr", "ja", "zh-Hant")}
+    app = ProblemDocs(messages=messages)
+    taken = {}
+    for field in ("", "x-" * 500 + "x", ",".join(["aa-bb-cc-dd-ee-ff-gg-hh-ii-jj"] * 32)):
+        times = []
+        for _ in range(9):
+            began = time.thread_time()
+            await drive(app, headers={"accept-language": field})
+            times.append(time.thread_time() - began)
+        taken[field] = min(times)
+    assert max(taken.values()) < 3 * taken[""]

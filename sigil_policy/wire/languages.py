@@ -5,7 +5,7 @@
     weighted(b"text/html;q=0.8, application/json")  # (("application/json", 1.0), ("text/html", 0.8))
 
 RFC 9110 sections 12.4.2 (weights), 12.5.4; RFC 5646 section 2.1 (tags). Never raises for what a client sends: members
-that are malformed are left out, and of a long field only the first 32 count.
+that are malformed are left out, and of a long field only the first 32 within 1,024 bytes count.
 """
 
 import re
@@ -23,11 +23,20 @@ def is_language(tag: str) -> bool:
     return len(tag) <= 64 and _TAG.fullmatch(tag) is not None
 
 
-@lru_cache(256)
 def weighted(field: bytes) -> tuple[tuple[str, float], ...]:
     """The members of an Accept field in lower case with their weights, best first; weight 0 means "not this one"."""
+    return _weighted(_cut(field))
+
+
+def _cut(field: bytes) -> bytes:
+    """So much of a field as is read, and kept in a cache; a member that was cut in the middle would be another one."""
+    return field if len(field) <= _LONGEST else field[: _LONGEST + 1].rpartition(b",")[0]
+
+
+@lru_cache(256)
+def _weighted(field: bytes) -> tuple[tuple[str, float], ...]:
     found: list[tuple[str, float]] = []
-    for member in field[:_LONGEST].decode("latin-1").lower().split(",")[:_MOST]:
+    for member in field.decode("latin-1").lower().split(",")[:_MOST]:
         value, *parameters = (part.strip(" \t") for part in member.split(";"))
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
         if value and _WEIGHT.fullmatch(weight):
@@ -41,8 +50,13 @@ def look_up(field: bytes, available: Iterable[str]) -> str | None:
     Each wanted range is shortened from its end until a tag fits, before the next range has its turn. `*` fits nothing:
     whoever wants anything gets the default.
     """
+    return _look_up(_cut(field), tuple(available))
+
+
+@lru_cache(256)
+def _look_up(field: bytes, available: tuple[str, ...]) -> str | None:
     tags = {tag.lower(): tag for tag in available}
-    ranges = weighted(field)
+    ranges = _weighted(field)
     refused = {value for value, weight in ranges if weight == 0}
     for wanted, weight in ranges:
         if weight == 0:

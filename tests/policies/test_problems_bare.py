@@ -140,6 +140,7 @@ async def test_a_bare_error_becomes_a_problem(
 
 
 DEBUG_WERKZEUG = werkzeug(400, "Bad Request", "Some words.<br>KeyError: &#39;k&#39;")
+OWN_CSRF = django_csrf().replace(b"</p>\n</div>", b"</p>\n<p>Ask <b>us</b>: 555-1234</p>\n</div>")
 DEBUG_CSRF = django_csrf('<div id="info">\n  <h2>Help</h2>\n<p>DEBUG</p>\n</div>')
 
 
@@ -176,6 +177,8 @@ DEBUG_CSRF = django_csrf('<div id="info">\n  <h2>Help</h2>\n<p>DEBUG</p>\n</div>
         (404, HTML, werkzeug(404, "Not Found") + b"\n"),
         (404, HTML, django("Server Error (500)")),
         (403, HTML, DEBUG_CSRF),
+        (403, HTML, OWN_CSRF),
+        (404, XML, FALCON_XML.replace(b"1.0", b"1x0")),
         (404, "application/problem+json", b'{"detail":"Not Found"}'),
         (404, "application/vnd.own+json", b'{"detail":"Not Found"}'),
         (404, "text/markdown", b"Not Found"),

@@ -11,7 +11,8 @@ which a framework writes exceptions or what was sent loses those words.
 sent by               measured with           forms
 ====================  ======================  ====================================================================
 Starlette, plain ASGI Starlette 1.10.0        text: the status phrase
-FastAPI               0.165.0                 `{"detail": phrase}`, `{"detail": [pydantic's errors]}`
+FastAPI               0.165.0                 `{"detail": phrase}`, `{"detail": [pydantic's errors]}`, and its own
+                                              words about credentials and bodies that cannot be read
 Litestar              2.25.0                  `{"status_code", "detail"}`; with `extra`: failed validations only
 Quart, Flask          Quart 0.22.0, 0.23.1,   Werkzeug's page: title, heading, one paragraph
                       Werkzeug 3.1.9
@@ -22,20 +23,20 @@ BlackSheep            2.6.4                   text: the phrase, "Resource not fo
 Django                5.2.19, 6.1.3           four pages; the page of a failed CSRF check; an empty 405
 ====================  ======================  ====================================================================
 
-A debug page has none of these forms.
+A debug page has none of these forms. Looking takes bounded time, also at what was made to take long: a body with more
+values in it than any form has is not parsed, and no expression is tried on a long text.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from html import unescape
 from http import HTTPStatus
 from typing import Any
 
 from sigil_policy.core.problems import Problem
 from sigil_policy.policies.problems.http_errors import from_http_error, unhandled
-from sigil_policy.policies.problems.validation import from_validation_errors
+from sigil_policy.policies.problems.validation import MOST_ERRORS, UNSAID, from_validation_errors
 
 Pairs = Iterable[tuple[bytes, bytes]]
 
@@ -47,32 +48,50 @@ _ALSO = {
     418: ("I'm a teapot",),
     422: ("Unprocessable Content", "Unprocessable Entity"),
 }
+_FASTAPI = {400: "There was an error parsing the body", 401: "Not authenticated", 403: "Not authenticated"}
 _MEDIA = frozenset((b"text/plain", b"text/html", b"application/json", b"application/xml", b"text/xml"))
 _LONGEST_DETAIL = 500
+_LONGEST_TEXT = 1_000  # that an expression is tried on
+_MOST_VALUES = 512  # in a body that is parsed
+_LONGEST_NUMBER = 20  # digits: reading one takes time with their square
 
 _WERKZEUG = re.compile(
-    r"<!doctype html>\n<html lang=en>\n<title>(?P<status>\d{3}) (?P<name>[^<]+)</title>\n"
-    r"<h1>(?P=name)</h1>\n(?:<p>(?P<text>[^<]*)</p>\n)?"
+    r"<!doctype html>\n<html lang=en>\n<title>(?P<status>\d{3}) (?P<name>[^<]{1,80})</title>\n"
+    r"<h1>(?P=name)</h1>\n(?:<p>(?P<text>[^<]*+)</p>\n)?"
 )
 _DJANGO = re.compile(
-    r'\n<!doctype html>\n<html lang="en">\n<head>\n  <title>(?P<title>[^<]+)</title>\n</head>\n<body>\n'
-    r"  <h1>(?P=title)</h1><p>(?P<text>[^<]*)</p>\n</body>\n</html>\n"
+    r'\n<!doctype html>\n<html lang="en">\n<head>\n  <title>(?P<title>[^<]{1,80})</title>\n</head>\n<body>\n'
+    r"  <h1>(?P=title)</h1><p>(?P<text>[^<]*+)</p>\n</body>\n</html>\n"
 )
 _DJANGO_TITLES = {
     400: "Bad Request (400)", 403: "403 Forbidden", 404: "Not Found", 500: "Server Error (500)"
 }  # fmt: skip
+_DJANGO_CSRF = '<!DOCTYPE html>\n<html lang="en">\n<head>'
+_DJANGO_CSRF_TITLE = "<h1>Forbidden <span>(403)</span></h1>"
+_DJANGO_CSRF_SAYS = re.compile(
+    r"\s{1,20}<p>CSRF [^<]{1,200}</p>(?:\s{1,20}<p>[^<]{1,600}</p>){0,6}\s{1,20}</div>\s{1,20}"
+)
 # The help that is there with DEBUG=True stands where this wants the end.
-_DJANGO_CSRF = re.compile(
-    r'<!DOCTYPE html>\n<html lang="en">\n<head>.{1,2000}<h1>Forbidden <span>\(403\)</span></h1>\s+'
-    r"<p>CSRF [^<]{1,200}</p>.{0,2000}"
-    r'<div id="explanation">\s+<p><small>[^<]{1,200}</small></p>\s+</div>\s+</body>\s+</html>\s*',
-    re.DOTALL,
+_DJANGO_CSRF_LAST = '<div id="explanation">'
+_DJANGO_CSRF_END = re.compile(
+    r"\s{1,20}<p><small>[^<]{1,200}</small></p>\s{1,20}</div>\s{1,20}</body>\s{1,20}</html>\s{0,20}"
+)
+_ESCAPED = (
+    ("&lt;", "<"),
+    ("&gt;", ">"),
+    ("&#39;", "'"),
+    ("&#x27;", "'"),
+    ("&#34;", '"'),
+    ("&quot;", '"'),
+    ("&amp;", "&"),
 )
 _FALCON_XML = re.compile(
-    r'<\?xml version="1.0" encoding="UTF-8"\?><error><title>(?P<title>[^<]+)</title>'
-    r"(?:<description>(?P<text>[^<]*)</description>)?</error>"
+    r'<\?xml version="1\.0" encoding="UTF-8"\?><error><title>(?P<title>[^<]{1,200})</title>'
+    r"(?:<description>(?P<text>[^<]*+)</description>)?</error>"
 )
-_FALCON_INPUT = re.compile(r'The (?:value provided for the )?"[^"]+" (?:parameter|header) is (?:required|invalid)\.')
+_FALCON_INPUT = re.compile(
+    r'The (?:value provided for the )?"[^"]{1,200}" (?:parameter|header) is (?:required|invalid)\.'
+)
 _FALCON_TITLES = frozenset(("Invalid parameter", "Missing parameter", "Invalid header value", "Missing header value"))
 _LITESTAR_VALIDATION = re.compile(r"Validation failed for [A-Z]+ /.*", re.DOTALL)
 _MSGSPEC = re.compile(
@@ -86,8 +105,8 @@ _BLACKSHEEP_TEXTS = re.compile(
     r"Cannot parse content as JSON|Invalid input: expected a list of objects\.|Invalid parameter\.|Missing Host header"
 )
 _FIRST_MEMBER = re.compile(r'\{\s*"(?:detail|status_code|title)"\s*:|\[\s*\{\s*"type"\s*:')
-_MOST_ERRORS = 32  # that are told of; a client can have as many made as it likes
 _PYDANTIC = frozenset(("type", "loc", "msg", "input", "ctx", "url"))
+_DEEPEST = 50
 _PLACES = frozenset(("body", "query", "path", "header", "cookie"))
 # What validators say of what they wanted. Any other text may repeat what they got.
 _SAYS_WHAT_WAS_WANTED = re.compile(
@@ -114,7 +133,7 @@ def read(
     except UnicodeDecodeError:
         return None
     if text[0] in "{[":
-        return _json(status, text, headers, validation_status)
+        return _json(status, kind, text, headers, validation_status)
     found = None
     if kind == b"text/plain":
         found = _plain(status, text)
@@ -123,13 +142,16 @@ def read(
     elif kind != b"application/json":
         match = _FALCON_XML.fullmatch(text)
         if match is not None:
-            return _falcon(status, {name: unescape(part) for name, part in match.groupdict().items() if part}, headers)
+            said = {"title": _unescaped(match["title"]), "description": _unescaped(match["text"] or "")}
+            return _falcon(status, said, headers)
     return None if found is None else _problem(status, found, headers)
 
 
-def read_head(status: int, media_type: bytes, length: bytes, headers: Pairs = ()) -> Problem | None:
-    """The same for HEAD, where only the length of the body tells of it."""
-    if length not in _lengths(status).get(_media(media_type), ()):
+def read_head(status: int, media_type: bytes, length: bytes | None, headers: Pairs = ()) -> Problem | None:
+    """The same for HEAD without a body, where only the length that it would have tells of it."""
+    if length == b"0":
+        return _empty(status, media_type, headers)
+    if length is None or length not in _lengths(status).get(_media(media_type), ()):
         return None
     return _problem(status, "", headers)
 
@@ -165,6 +187,13 @@ def _media(value: bytes) -> bytes:
     return value.partition(b";")[0].strip().lower()
 
 
+def _unescaped(text: str) -> str:
+    """What Werkzeug, Django and Falcon write for the characters that mean something in HTML, and nothing else."""
+    for written, character in _ESCAPED:
+        text = text.replace(written, character)
+    return text
+
+
 def _problem(status: int, detail: str, headers: Pairs) -> Problem:
     if status == 500:
         problem = unhandled()
@@ -175,7 +204,9 @@ def _problem(status: int, detail: str, headers: Pairs) -> Problem:
 def _empty(status: int, media_type: bytes, headers: Pairs) -> Problem | None:
     pairs = list(headers)
     names = {name for name, _ in pairs}
-    if media_type == b"application/json" and any(name == b"vary" and b"Accept" in value for name, value in pairs):
+    if media_type == b"application/json" and any(
+        b"accept" in map(bytes.strip, value.lower().split(b",")) for name, value in pairs if name == b"vary"
+    ):
         return _problem(status, "", pairs)  # Falcon, for a client that accepts neither JSON nor XML
     if status == 405 and b"allow" in names and media_type.startswith(b"text/html"):
         return _problem(status, "", pairs)  # Django's HttpResponseNotAllowed
@@ -188,30 +219,46 @@ def _plain(status: int, text: str) -> str | None:
     if status == 400 and text.startswith(_BLACKSHEEP):
         # BlackSheep writes the text of any ValueError here: only what is known to be its own may stay.
         text = text.removeprefix(_BLACKSHEEP)
-        return text if _BLACKSHEEP_TEXTS.fullmatch(text) else ""
+        return text if len(text) <= _LONGEST_DETAIL and _BLACKSHEEP_TEXTS.fullmatch(text) else ""
     return None
 
 
 def _page(status: int, text: str) -> str | None:
     match = _WERKZEUG.fullmatch(text)
     if match is not None:
-        known = match["status"] == str(status) and unescape(match["name"]) in _phrases(status)
-        return unescape(match["text"] or "")[:_LONGEST_DETAIL] if known else None
+        known = match["status"] == str(status) and _unescaped(match["name"]) in _phrases(status)
+        return _unescaped(match["text"] or "")[:_LONGEST_DETAIL] if known else None
     match = _DJANGO.fullmatch(text)
     if match is not None:
-        return unescape(match["text"]) if match["title"] == _DJANGO_TITLES.get(status) else None
-    if status == 403 and _DJANGO_CSRF.fullmatch(text):
-        return "CSRF verification failed"
-    return None
+        return _unescaped(match["text"])[:_LONGEST_DETAIL] if match["title"] == _DJANGO_TITLES.get(status) else None
+    return "CSRF verification failed" if status == 403 and _is_csrf_page(text) else None
 
 
-def _json(status: int, text: str, headers: Pairs, validation_status: int) -> Problem | None:
-    if not _FIRST_MEMBER.match(text):
+def _is_csrf_page(text: str) -> bool:
+    if not text.startswith(_DJANGO_CSRF):
+        return False
+    says, _, end = text.partition(_DJANGO_CSRF_TITLE)[2].partition(_DJANGO_CSRF_LAST)
+    return _DJANGO_CSRF_SAYS.fullmatch(says) is not None and _DJANGO_CSRF_END.fullmatch(end) is not None
+
+
+def _number(digits: str) -> float:
+    return int(digits) if len(digits) <= _LONGEST_NUMBER else 0.0
+
+
+_JSON = json.JSONDecoder(parse_int=_number)
+
+
+def _json(status: int, kind: bytes, text: str, headers: Pairs, validation_status: int) -> Problem | None:
+    if not _FIRST_MEMBER.match(text) or sum(map(text.count, ",[{")) > _MOST_VALUES:
         return None  # an application's own words are not parsed
     try:
-        value = json.loads(text)
+        value = _JSON.decode(text)
     except (ValueError, RecursionError):
         return None
+    if kind != b"application/json":
+        # Litestar keeps the type of the endpoint that has failed.
+        known = isinstance(value, dict) and "status_code" in value
+        return _litestar(status, value, headers, validation_status) if known else None
     if isinstance(value, list):
         # BlackSheep's list is of the body alone, and does not say so.
         errors = pydantic_errors(value, "body") if status == 400 else None
@@ -222,7 +269,8 @@ def _json(status: int, text: str, headers: Pairs, validation_status: int) -> Pro
         if isinstance(detail, list) and status == 422:
             errors = pydantic_errors(detail, None)
             return None if errors is None else _invalid(errors, headers, validation_status)
-        return _problem(status, "", headers) if isinstance(detail, str) and detail in _phrases(status) else None
+        known = isinstance(detail, str) and (detail in _phrases(status) or detail == _FASTAPI.get(status))
+        return _problem(status, detail, headers) if known else None
     if "status_code" in names:
         return _litestar(status, value, headers, validation_status)
     return _falcon(status, value, headers, validation_status)
@@ -273,11 +321,13 @@ def pydantic_errors(given: list[Any], place: str | None) -> list[dict[str, Any]]
     if not given:
         return None
     errors = []
-    for error in given[:_MOST_ERRORS]:
+    for error in given[:MOST_ERRORS]:
         if not (isinstance(error, dict) and {"type", "loc", "msg"} <= error.keys() <= _PYDANTIC):
             return None
         location = error["loc"]
-        if not (isinstance(location, list | tuple) and isinstance(error["msg"], str)):
+        if not (isinstance(error["type"], str) and isinstance(error["msg"], str)):
+            return None
+        if not (isinstance(location, list | tuple) and all(isinstance(step, str | int) for step in location)):
             return None
         errors.append({**error, "loc": location if place is None else [place, *location]})
     return errors
@@ -288,26 +338,27 @@ def signature_errors(given: list[Any]) -> list[dict[str, Any]] | None:
     if not given:
         return None
     errors = []
-    for error in given[:_MOST_ERRORS]:
+    for error in given[:MOST_ERRORS]:
         if not (isinstance(error, dict) and {"message"} <= error.keys() <= {"message", "key", "source"}):
             return None
         message, key, source = error["message"], error.get("key"), error.get("source", "body")
         if not isinstance(message, str):
             return None
-        location = [source if source in _PLACES else "body", *(key.split(".") if isinstance(key, str) and key else ())]
-        wanted = _SAYS_WHAT_WAS_WANTED.fullmatch(message)
-        errors.append({"loc": location, "msg": message if wanted else "Invalid value"})
+        path = key[:_LONGEST_DETAIL].split(".", _DEEPEST) if isinstance(key, str) and key else ()
+        wanted = len(message) <= _LONGEST_DETAIL and _SAYS_WHAT_WAS_WANTED.fullmatch(message)
+        location = [source if source in _PLACES else "body", *path]
+        errors.append({"loc": location, "msg": message if wanted else UNSAID})
     return errors
 
 
 def msgspec_errors(text: str) -> list[dict[str, Any]] | None:
     """What msgspec says of a value that does not fit, which Litestar sends as it is, as pydantic would say it."""
-    match = _MSGSPEC.fullmatch(text)
+    match = _MSGSPEC.fullmatch(text) if len(text) <= _LONGEST_TEXT else None
     if match is None:
         return None
     path = [part for part in re.split(r"[.\[\]]+", match["path"] or "") if part and part != "..."]
     wanted = _SAYS_WHAT_WAS_WANTED.fullmatch(match["said"])
-    return [{"loc": ["body", *path], "msg": match["said"] if wanted else "Invalid value"}]
+    return [{"loc": ["body", *path], "msg": match["said"] if wanted else UNSAID}]
 
 
 def _invalid(errors: list[dict[str, Any]], headers: Pairs, status: int) -> Problem:

@@ -18,7 +18,8 @@ What it does with the application's errors:
   that is mounted) are rewritten: same status, same headers but for those that describe the content, and the words that
   the application gave to the error as `detail`. Only whole and known forms, at most 8 KiB, see
   `sigil_policy.policies.problems.bare`; everything else leaves byte for byte as it came, and so do compressed bodies,
-  streams and debug pages;
+  streams and debug pages. Of a HEAD whose framework leaves the body out, the length that it would have has to be that
+  of a form, and nothing else may be said of it;
 * once a response has started an error is only raised on.
 
 Without this policy nothing of the application's is answered for it; what other policies refuse is a problem anyway.
@@ -48,10 +49,12 @@ _EXAMPLE = [{"field": "name", "message": "Field required"}]
 _OF_CONTENT = frozenset(
     (
         b"accept-ranges", b"content-digest", b"content-disposition", b"content-language", b"content-length",
-        b"content-md5", b"content-type", b"digest", b"etag", b"last-modified", b"repr-digest",
-        b"x-content-type-options",
+        b"content-md5", b"content-type", b"digest", b"etag", b"last-modified", b"repr-digest", b"trailer",
+        b"transfer-encoding", b"x-content-type-options",
     )
 )  # fmt: skip
+# What no framework says of an error that it makes up itself.
+_OF_ONES_OWN = frozenset((b"content-disposition", b"content-language", b"etag", b"last-modified"))
 
 
 class Problems(Policy):
@@ -143,21 +146,23 @@ class Problems(Policy):
     # A whole application inside has answered its errors already, in its framework's own way.
 
     def wants_body(self, ex: Exchange, head: Head) -> bool:
-        if not 400 <= head.status < 600:
+        if not 400 <= head.status < 600 or head.get(b"content-encoding") is not None:
             return False
         kind = head.get(b"content-type")
         if not self.foreign_errors:
             return head.status == 500 and kind is not None and kind.startswith(b"text/plain")
-        return bare.may_be(kind) and head.get(b"content-encoding") is None
+        return bare.may_be(kind)
 
     def on_body(self, ex: Exchange, head: Head, body: bytes) -> bytes | None:
         no_content = ex.method == "HEAD" and not body
         kept = [pair for pair in head.headers if pair[0] not in _OF_CONTENT]
-        kind, length = head.get(b"content-type") or b"", head.get(b"content-length") or b"0"
+        kind = head.get(b"content-type") or b""
         if not self.foreign_errors and body != _BARE_500 and not no_content:
             return None
-        if no_content and length != b"0":
-            problem = bare.read_head(head.status, kind, length, kept)
+        if no_content:
+            if any(name in _OF_ONES_OWN for name, _ in head.headers):
+                return None
+            problem = bare.read_head(head.status, kind, head.get(b"content-length"), kept)
         else:
             problem = bare.read(head.status, kind, body, kept, self.validation_status)
         if problem is None:
