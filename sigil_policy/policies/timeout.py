@@ -20,6 +20,7 @@ the event loop's, not the stack's clock. RFC 9110 section 15.6.5.
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from contextvars import Context
 from math import inf
 from types import TracebackType
 from typing import Annotated, Any, ClassVar
@@ -49,7 +50,8 @@ class _Limit(AbstractAsyncContextManager[None]):
         self.scope = CancelScope(deadline=current_time() + seconds)
 
     async def __aenter__(self) -> None:
-        self.scope.__enter__()
+        # In a context of its own: a timer of asyncio keeps the one it was made in, and so the exchange, until its time.
+        Context().run(self.scope.__enter__)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

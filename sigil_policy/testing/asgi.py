@@ -53,7 +53,7 @@ class Sent:
     def header(self, name: str) -> str | None:
         """The value of `name`, None without it; more than one line is an assertion error."""
         values = self.header_lines(name)
-        assert len(values) < 2, f"{name} was sent {len(values)} times: {values}"
+        _expect(len(values) < 2, f"{name} was sent {len(values)} times: {values}")
         return values[0] if values else None
 
     def header_lines(self, name: str) -> list[str]:
@@ -67,6 +67,11 @@ class Sent:
 
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+def _expect(it: bool, otherwise: str) -> None:
+    if not it:  # no `assert`: a test that is run with -O still tests
+        raise AssertionError(otherwise)
 
 
 def _pairs(headers: Headers) -> list[tuple[bytes, bytes]]:
@@ -95,14 +100,18 @@ async def drive(
 ) -> Sent:
     """One exchange with `app`.
 
-    `body`: bytes, or the parts in which they arrive. `incoming`: the exact messages that `receive` hands out instead;
-    after the last one it waits for ever. `scope`: keys added to, or replacing those of, the scope. `on_send` sees each
-    message before it is recorded and may raise, as a broken connection does. `raise_errors=False` keeps an exception
-    of the application in `Sent.error` instead of raising it.
+    `body`: bytes, or the parts in which they arrive. `incoming`: the exact messages that `receive` hands out instead of
+    the body (of a WebSocket instead of `websocket.connect`, of a lifespan instead of its startup and shutdown); after
+    the last one it waits for ever, so that an application which waits for the client to leave does not end: use
+    `connect`. `scope`: keys added to, or replacing those of, the scope. `on_send` sees each message before it is
+    recorded and may raise, as a broken connection does. `raise_errors=False` keeps an exception of the application in
+    `Sent.error` instead of raising it.
     """
     if incoming is None:
         if kind == "websocket":
             incoming = [{"type": "websocket.connect"}]
+        elif kind == "lifespan":
+            incoming = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
         else:
             parts = [body] if isinstance(body, bytes) else list(body) or [b""]
             incoming = [
@@ -127,7 +136,10 @@ async def drive(
                 await waited
         sent.messages.append(message)
 
-    full = _scope(method, path, headers=headers, query=query, kind=kind, scope=scope, client=client)
+    if kind == "lifespan":
+        full = _lifespan(scope)
+    else:
+        full = _scope(method, path, headers=headers, query=query, kind=kind, scope=scope, client=client)
     try:
         await app(full, receive, send)
     except BaseException as error:
@@ -170,10 +182,30 @@ def _scope(
     return full
 
 
+def _lifespan(scope: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}, **(scope or {})}
+
+
 class Conversation:
     """One exchange, message by message; `connect` makes it.
 
-    `sent` has what the application has sent so far, also what was not received yet.
+        async with connect(app, "/v7/chat", headers=auth_headers()) as socket:
+            await socket.accepted()
+            await socket.send_json({"text": "hello"})
+            assert (await socket.receive_json())["text"] == "hello, too"
+            await socket.silence()                          # and nothing else
+            await socket.send_text("bye")
+            assert await socket.closed() == 1000
+
+        async with connect(app, "/v7/events", kind="http") as stream:
+            assert (await stream.receive("http.response.start"))["status"] == 200
+            assert await stream.receive_body() == b"data: 1\\n\\n"
+            await stream.disconnect()                       # the client leaves, and the application has to end
+            assert (await stream.ended()).error is None
+
+    `sent` has what the application has sent so far, also what was not received yet. What does not come within the
+    timeout, and another message than the one that was expected, are an `AssertionError` that tells what came; what the
+    application raises is raised where the test asks for what comes next.
     """
 
     def __init__(self, kind: str, timeout: float, window: int) -> None:
@@ -199,7 +231,8 @@ class Conversation:
                     raise self.sent.error from None
                 raise AssertionError(f"the application has ended, and sent nothing more; {self._so_far()}") from None
             got = message["type"]
-            assert expected is None or got == expected, f"expected {expected}, got {message!r}; {self._so_far()}"
+            if expected is not None and got != expected:
+                raise AssertionError(f"expected {expected}, got {message!r}; {self._so_far()}")
             return message
         wanted = expected or "a message"
         raise AssertionError(f"no {wanted} came within {self.timeout} s; {self._so_far()}")
@@ -224,12 +257,12 @@ class Conversation:
 
     async def receive_text(self) -> str:
         message = await self.receive("websocket.send")
-        assert isinstance(message.get("text"), str), f"expected text, got {message!r}"
+        _expect(isinstance(message.get("text"), str), f"expected text, got {message!r}")
         return str(message["text"])
 
     async def receive_bytes(self) -> bytes:
         message = await self.receive("websocket.send")
-        assert message.get("bytes") is not None, f"expected bytes, got {message!r}"
+        _expect(message.get("bytes") is not None, f"expected bytes, got {message!r}")
         return bytes(message["bytes"])
 
     async def receive_json(self) -> Any:
@@ -240,7 +273,7 @@ class Conversation:
         message = await self.receive()
         if message["type"] in ("http.response.start", "websocket.http.response.start"):
             message = await self.receive()
-        assert message["type"].endswith(".response.body"), f"expected a part of the body, got {message!r}"
+        _expect(message["type"].endswith(".response.body"), f"expected a part of the body, got {message!r}")
         return bytes(message.get("body", b""))
 
     async def closed(self) -> int:
@@ -347,8 +380,7 @@ async def connect(
     """
     conversation = Conversation(kind, timeout, window)
     if kind == "lifespan":
-        full: dict[str, Any] = {"type": kind, "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}
-        full.update(scope or {})
+        full = _lifespan(scope)
     else:
         full = _scope(method, path, headers=headers, query=query, kind=kind, scope=scope, client=client)
     if kind == "websocket" and subprotocols:

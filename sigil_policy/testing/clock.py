@@ -59,8 +59,8 @@ def frozen(clock: FrozenClock | None = None) -> Iterator[FrozenClock]:
 
     Whatever goes by the default clock follows, also what was made before: stacks, stores of this process, key stores.
     What has a clock of its own does not: a stack that was given one, a store on a server (Redis counts by its server's
-    time), the times in a `JSONLines` log that was made before, timers of the event loop (a deadline still takes real
-    seconds), `time.time()` in the application.
+    time) or of the package `limits`, the times in a `JSONLines` log that was made before, timers of the event loop (a
+    deadline still takes real seconds), `time.time()` in the application.
     Blocks may be nested: the inner clock holds, then the outer one again. Every thread of the process sees it.
 
     Options:

@@ -154,28 +154,29 @@ class Mint:
                 client = TestClient(app)
 
         `app` is a `PolicyStack` (a new one is given, around the same application), or a Starlette or FastAPI
-        application with a `PolicyStack` among its middlewares (which builds them anew, and again after the block). All
-        other options of `BearerAuth` and `ApiKeyAuth` stay, but for introspection, which nobody answers here.
+        application with `PolicyStack`, `BearerAuthMiddleware` or `ApiKeyAuthMiddleware` among its middlewares (which
+        builds them anew, and again after the block). All other options of the stack, of `BearerAuth` and of
+        `ApiKeyAuth` stay, but for introspection, which nobody answers here.
 
         Raises `LookupError` where neither policy is found.
         """
         if isinstance(app, PolicyStack):
-            policies = [self._taking(policy) for policy in app.policies]
-            _require(any(new is not old for new, old in zip(policies, app.policies, strict=True)), app)
-            yield PolicyStack(app.app, policies=policies, clock=app.clock, finish_timeout=app.finish_timeout)
+            _require(self._changes(app), app)
+            accepting = PolicyStack.__new__(PolicyStack)
+            self._become(accepting, app)
+            yield accepting
             return
         middlewares: Any = getattr(app, "user_middleware", None)
         _require(middlewares is not None, app)
         before, built = list(middlewares), app.middleware_stack
         changed = False
         for place, middleware in enumerate(before):
-            given = middleware.kwargs.get("policies")
-            if not (isinstance(middleware.cls, type) and issubclass(middleware.cls, PolicyStack)) or given is None:
+            kind, given = middleware.cls, (middleware.args, middleware.kwargs)
+            if not (isinstance(kind, type) and issubclass(kind, PolicyStack)):
                 continue
-            policies = [self._taking(policy) for policy in given]
-            changed = changed or any(new is not old for new, old in zip(policies, given, strict=True))
-            options = {**middleware.kwargs, "policies": policies}
-            middlewares[place] = type(middleware)(middleware.cls, *middleware.args, **options)
+            if self._changes(kind(_nobody, *given[0], **given[1])):
+                changed = True
+                middlewares[place] = type(middleware)(self._accepting_class(kind), *given[0], **given[1])
         try:
             _require(changed, app)
             app.middleware_stack = None
@@ -183,6 +184,30 @@ class Mint:
         finally:
             middlewares[:] = before
             app.middleware_stack = built
+
+    def _changes(self, stack: PolicyStack) -> bool:
+        return any(self._taking(policy) is not policy for policy in stack.policies)
+
+    def _become(self, stack: PolicyStack, made: PolicyStack) -> None:
+        """Make `stack` as `made` is, with other issuers and keys."""
+        PolicyStack.__init__(
+            stack,
+            made.app,
+            [self._taking(policy) for policy in made.policies],
+            clock=made.clock,
+            tags=made.tags,
+            strict_routes=made.strict_routes,
+            finish_timeout=made.finish_timeout,
+        )
+
+    def _accepting_class(self, kind: type[PolicyStack]) -> type[PolicyStack]:
+        """A middleware class as `kind` is, whose stacks take what this mint makes."""
+
+        def init(stack: PolicyStack, app: Any, *args: Any, **options: Any) -> None:
+            make: Any = kind
+            self._become(stack, make(app, *args, **options))
+
+        return type(kind.__name__, (kind,), {"__init__": init})
 
     def _taking(self, policy: Policy) -> Policy:
         if isinstance(policy, BearerAuth):
@@ -192,10 +217,14 @@ class Mint:
         return policy
 
 
+async def _nobody(scope: Any, receive: Any, send: Any) -> None:
+    """For a stack that only shows which policies it has."""
+
+
 def _require(found: bool, app: Any) -> None:
     if not found:
         raise LookupError(
-            f"{type(app).__name__} has no BearerAuth and no ApiKeyAuth in a PolicyStack(policies=[...]); give the "
+            f"{type(app).__name__} has no BearerAuth and no ApiKeyAuth among its policies or middlewares; give the "
             "mint's issuer, or its key_store and pepper, to the policies where they are made"
         )
 

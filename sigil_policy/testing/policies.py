@@ -32,6 +32,7 @@ from sigil_policy.core.stack import PolicyStack
 from sigil_policy.testing.asgi import App, Headers, Message, Sent, connect, drive
 from sigil_policy.testing.clock import FrozenClock
 from sigil_policy.testing.rules import validated
+from sigil_policy.testing.stores import holds, told
 
 PATIENCE = 10.0
 """Seconds that one exchange of a check may take."""
@@ -174,7 +175,8 @@ class PolicyCheck:
             raise ValueError(
                 f"{type(policy).__name__} needs a {facts}: give outside=[...], with a policy that gives it"
             )
-        await self._run(PolicyTrial(policy, outside, headers, secrets, backends))
+        with told(self.name):
+            await self._run(PolicyTrial(policy, outside, headers, secrets, backends))
 
 
 _CHECKS: list[PolicyCheck] = []
@@ -203,10 +205,6 @@ async def check_policy(
             raise
 
 
-def holds(it: bool, what: str) -> None:
-    assert it, what
-
-
 def _check(run: Callable[[PolicyTrial], Awaitable[None]]) -> PolicyCheck:
     check = PolicyCheck(run)
     _CHECKS.append(check)
@@ -225,7 +223,8 @@ async def _answers(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def _echoes(scope: Any, receive: Any, send: Any) -> None:
-    assert (await receive())["type"] == "websocket.connect"
+    first = await receive()
+    holds(first["type"] == "websocket.connect", f"a WebSocket begins with websocket.connect, not with {first!r}")
     await send({"type": "websocket.accept"})
     while (message := await receive())["type"] != "websocket.disconnect":
         await send({"type": "websocket.send", "text": message["text"]})

@@ -11,10 +11,10 @@ scope and what `receive` gives, and everything that is sent, for HTTP, WebSocket
 somebody has swallowed it; its text says which message, what is wrong, and which rule that is.
 
 What is judged: the types of messages and of their values, their order, header names (bytes, lower-case, no pseudo
-headers) and values, what follows the end of a response, a body that is longer or shorter than its `content-length`,
-content in a 204 or 304, extensions that nobody has offered, subprotocols that nobody has offered, close codes and
-reasons that no frame can hold, what an old `spec_version` does not have, and an application that returns without an
-answer.
+headers) and values, what extensions need, what follows the end of a response, a body that is longer or shorter than its
+`content-length`, content in a 204 or 304, an interim status, extensions that nobody has offered, subprotocols that
+nobody has offered, close codes and reasons that no frame can hold, what an old `spec_version` does not have, and an
+application that returns without an answer.
 
 What is not, because the specification allows it: keys that are not known, headers of requests in mixed case, keys of
 the scope that are absent or None, a scope that is written to, messages to a client that has left, a WebSocket that is
@@ -22,7 +22,8 @@ accepted before `websocket.connect` was received. A scope of another type passes
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sigil_policy.testing.asgi import App, Message
@@ -78,6 +79,7 @@ class Validated:
             return message
 
         async def judged_send(message: Message) -> None:
+            message = _readable(message)
             judge(talk.sent(message))
             try:
                 await send(message)
@@ -111,13 +113,24 @@ def broken_rules(
         scope: of the exchange (default None: what was offered and asked for is not known, and not judged).
         lower_case: as of `validated`.
     """
-    sent = [dict(message) for message in messages]
-    kind = scope["type"] if scope is not None else sent[0].get("type", "").partition(".")[0] if sent else ""
+    sent = [_readable(message) for message in messages]
+    if not sent:
+        return []
+    first = sent[0].get("type") if isinstance(sent[0], Mapping) else sent[0]
+    kind = scope["type"] if scope is not None else str(first).partition(".")[0]
     rules = _KINDS.get(kind)
     if rules is None:
-        return [f"message 0: no message of HTTP, WebSocket or lifespan is {sent[0].get('type')!r}"] if sent else []
+        return [f"message 0: no message of HTTP, WebSocket or lifespan is {first!r}"]
     talk = rules(scope, lower_case=lower_case)
     return [f"message {place}: {wrong}" for place, message in enumerate(sent) for wrong in talk.sent(message)]
+
+
+def _readable(message: Any) -> Any:
+    """`message`, with headers that can be read more than once: ASGI lets them be any iterable."""
+    pairs = message.get("headers") if isinstance(message, Mapping) else None
+    if pairs is None or isinstance(pairs, list | tuple | Mapping | str | bytes) or not isinstance(pairs, Iterable):
+        return message
+    return {**message, "headers": list(pairs)}
 
 
 class _Talk:
@@ -164,10 +177,10 @@ class _Talk:
 
     def headers(self, message: Mapping[str, Any], section: str) -> list[str]:
         wrong = []
-        pairs = message.get("headers")
-        if isinstance(pairs, Mapping | str | bytes):
+        pairs = message.get("headers", ())
+        if isinstance(pairs, Mapping | str | bytes) or not isinstance(pairs, Iterable):
             return [self.wrong(message, f"headers are pairs of bytes, not a {type(pairs).__name__}", section)]
-        for pair in pairs or ():
+        for pair in pairs:
             try:
                 name, value = pair
             except (TypeError, ValueError):
@@ -175,7 +188,7 @@ class _Talk:
                 continue
             if not (isinstance(name, bytes) and isinstance(value, bytes)):
                 wrong.append(self.wrong(message, f"header {pair!r} is not a pair of bytes", section))
-            elif name[:1] == b":":
+            elif name.startswith(b":"):
                 wrong.append(self.wrong(message, f"header {name!r} is a pseudo header", section))
             elif not _NAME.fullmatch(name):
                 wrong.append(f"{message['type']}: header name {name!r} is no token (RFC 9110, section 5.1)")
@@ -194,6 +207,9 @@ class _Talk:
                 names = "|".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
                 wrong.append(self.wrong(message, f"{key} is a {names}, not {value!r:.80}", section))
         return wrong
+
+    def lacks(self, message: Mapping[str, Any], section: str, *keys: str) -> list[str]:
+        return [self.wrong(message, f"{key} is missing", section) for key in keys if key not in message]
 
 
 _BYTES = (bytes, bytearray, memoryview)
@@ -223,6 +239,8 @@ class _Response(_Talk):
             wrong.append(self.wrong(message, f"status is an int, not {status!r}", "Response Start"))
         elif not 100 <= status <= 599:
             wrong.append(f"{message['type']}: status {status} is none of 100 to 599 (RFC 9110, section 15)")
+        elif status < 200:
+            wrong.append(f"{message['type']}: status {status} is interim, and no response (RFC 9110, section 15.2)")
         else:
             self.status = status
         wrong += self.types(message, "Response Start", trailers=bool)
@@ -287,6 +305,7 @@ class _Http(_Response):
         self.method = None if scope is None else scope.get("method")
         self.whole = False
         self.left = False
+        self.copied = False
 
     def received(self, message: Any) -> list[str]:
         broken = self.shape(message, ("http.request", "http.disconnect"), "server")
@@ -322,25 +341,38 @@ class _Http(_Response):
             return wrong
         if kind == "http.response.pathsend":
             wrong = self.follows(message, "Path Send") + self.types(message, "Path Send", path=str)
-            if "path" not in message:
-                wrong.append(self.wrong(message, "path is missing", "Path Send"))
-            if self.counted:
+            wrong += self.lacks(message, "Path Send", "path")
+            if isinstance(message.get("path"), str) and not Path(message["path"]).is_absolute():
+                wrong.append(self.wrong(message, "path is not absolute", "Path Send"))
+            if self.counted or self.copied:
                 wrong.append(self.wrong(message, "after a part of the body", "Path Send"))
             self.state = "trailing" if self.trailers else "complete"
             return wrong
         if kind == "http.response.zerocopysend":
-            wrong = self.follows(message, "Zero Copy Send") + self.types(message, "Zero Copy Send", more_body=bool)
-            self.promised = None
+            wrong = self.follows(message, "Zero Copy Send") + self.lacks(message, "Zero Copy Send", "file")
+            wrong += self.types(message, "Zero Copy Send", more_body=bool, offset=int, count=int)
+            self.promised, self.copied = None, True
             if not wrong and not message.get("more_body", False):
                 self.state = "trailing" if self.trailers else "complete"
             return wrong
         if kind == "http.response.early_hint":
-            return [self.wrong(message, "after the response was started", "Early Hint")] * (self.state != "waiting")
+            wrong = self.lacks(message, "Early Hint", "links")
+            links = message.get("links", ())
+            if isinstance(links, str | bytes | Mapping) or not isinstance(links, Iterable):
+                wrong.append(self.wrong(message, f"links are byte strings, not a {type(links).__name__}", "Early Hint"))
+            elif isinstance(links, list | tuple) and not all(isinstance(link, bytes) for link in links):
+                wrong.append(self.wrong(message, "links are byte strings", "Early Hint"))
+            if self.state != "waiting":
+                wrong.append(self.wrong(message, "after the response was started", "Early Hint"))
+            return wrong
         if kind == "http.response.push":
             wrong = self.headers(message, "Server Push") + self.types(message, "Server Push", path=str)
+            wrong += self.lacks(message, "Server Push", "path")
             if self.state == "complete":
                 wrong.append(self.wrong(message, "after the response was complete", "Server Push"))
             return wrong
+        if kind == "http.response.debug":
+            return self.types(message, "Debug", info=Mapping) + self.lacks(message, "Debug", "info")
         return []
 
 
@@ -353,6 +385,7 @@ class _WebSocket(_Response):
     def __init__(self, scope: Mapping[str, Any] | None, *, lower_case: bool) -> None:
         super().__init__(scope, lower_case=lower_case)
         self.socket = "connecting"  # accepted, denied, closed
+        self.opened = False
         self.heard: str | None = None
         spoken = ((scope or {}).get("asgi") or {}).get("spec_version")
         # Where nobody says it, ASGI means 2.0; drivers leave it out and mean the newest.
@@ -381,7 +414,7 @@ class _WebSocket(_Response):
         wrong = self.payload(message, "Receive")
         if before is None:
             wrong.append(self.wrong(message, "before websocket.connect", "Connect"))
-        if self.socket in ("connecting", "denied"):
+        if not self.opened:
             wrong.append(self.wrong(message, "before the application has accepted", "Connect"))
         return wrong
 
@@ -421,7 +454,7 @@ class _WebSocket(_Response):
         wrong = self.headers(message, "Accept") + self.types(message, "Accept", subprotocol=_OPTIONAL_TEXT)
         if self.socket != "connecting":
             wrong.append(self.wrong(message, "a second one", "Accept"))
-        self.socket = "accepted"
+        self.socket, self.opened = "accepted", True
         if wrong:
             return wrong
         names = {name.lower() for name, _ in message.get("headers") or ()}
@@ -498,6 +531,12 @@ class _Lifespan(_Talk):
 _KINDS: Mapping[str, type[_Talk]] = {"http": _Http, "websocket": _WebSocket, "lifespan": _Lifespan}
 
 
+def _is_pair(pair: Any) -> bool:
+    if not isinstance(pair, Sequence):
+        return isinstance(pair, Iterable)  # which may be read once, by the application
+    return len(pair) == 2 and all(isinstance(part, bytes) for part in pair)
+
+
 def _scope(scope: Mapping[str, Any]) -> list[str]:
     """What is wrong with a scope; what is absent or None is allowed to be."""
     kind = scope["type"]
@@ -527,7 +566,7 @@ def _scope(scope: Mapping[str, Any]) -> list[str]:
         wrong += [
             f"scope: header {pair!r} is not a pair of bytes ({room}, Connection Scope)"
             for pair in headers
-            if len(pair) != 2 or not all(isinstance(part, bytes) for part in pair)
+            if not _is_pair(pair)
         ]
     elif isinstance(headers, Mapping | str | bytes):
         wrong.append(f"scope: headers are pairs of bytes, not a {type(headers).__name__} ({room}, Connection Scope)")

@@ -205,7 +205,8 @@ class Check:
             trial = Trial(store, algorithm, clock, advance, seconds)
             try:
                 holds(algorithm in store.algorithms, f"{algorithm!r} is one of the store's {set(store.algorithms)}")
-                await self._run(trial)
+                with told(self.name):
+                    await self._run(trial)
             except AssertionError:
                 # Windows of a day that ended in the middle explain much, and do not happen twice.
                 days = {moment // DAY for moment in trial.moments}
@@ -253,11 +254,29 @@ async def check_limit_store(
 
 
 def same(answered: object, promised: object, what: str) -> None:
-    assert answered == promised, f"{what}: answered {answered!r}, promised {promised!r}"
+    if answered != promised:
+        raise AssertionError(f"{what}: answered {answered!r}, promised {promised!r}")
 
 
 def holds(it: bool, what: str) -> None:
-    assert it, what
+    if not it:  # no `assert`: a suite that is run with -O still checks
+        raise AssertionError(what)
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Whatever comes out of a check is told as its failure, also what nobody has promised."""
+    try:
+        yield
+    except Exception as error:
+        cause: Exception = error
+        while isinstance(cause, ExceptionGroup) and len(cause.exceptions) == 1:
+            cause = cause.exceptions[0]
+        if isinstance(error, AssertionError):
+            raise
+        if isinstance(cause, AssertionError):
+            raise AssertionError(str(cause)) from error
+        raise AssertionError(f"{name.replace('_', ' ')}: {cause!r:.500} came out") from error
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """A conversation with an application: step by step, bounded, and honest about what went wrong."""
 
+import inspect
+import json
+import textwrap
 import time
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
+from starlette.applications import Starlette
 
-from sigil_policy.testing import connect, drive
+from sigil_policy.testing import Conversation, Mint, connect, drive, validated
 
 pytestmark = pytest.mark.anyio
 
@@ -87,6 +91,38 @@ async def test_a_lifespan() -> None:
         for phase in ("startup", "shutdown"):
             await lifespan.send({"type": f"lifespan.{phase}"})
             await lifespan.receive(f"lifespan.{phase}.complete")
+
+
+async def test_the_examples_of_the_documentation() -> None:
+    """What `Conversation` shows is what it does."""
+
+    async def chat(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            return
+        assert (await receive())["type"] == "websocket.connect"
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            if message["text"] == "bye":
+                await send({"type": "websocket.close"})
+                return
+            text = json.loads(message["text"])["text"]
+            await send({"type": "websocket.send", "text": json.dumps({"text": f"{text}, too"})})
+
+    example = inspect.cleandoc(Conversation.__doc__ or "").partition("\n\n")[2].partition("\n\n`sent`")[0]
+    code = "async def run():\n" + textwrap.indent(textwrap.dedent(example), "    ")
+    names: dict[str, Any] = {"app": validated(chat), "connect": connect, "auth_headers": Mint().auth_headers}
+    exec(compile(code, "Conversation", "exec"), names)
+    assert example.count("async with") == 2
+    await names["run"]()
+
+
+async def test_a_lifespan_in_one_call() -> None:
+    sent = await drive(validated(Starlette()), kind="lifespan")
+    assert [message["type"] for message in sent.messages] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 async def fails(scope: Any, receive: Any, send: Any) -> None:

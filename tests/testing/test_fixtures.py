@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ import pytest
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from sigil_policy import (
     ApiKeyAuth,
+    ApiKeyAuthMiddleware,
+    AuthFailureLimit,
     BearerAuth,
+    BearerAuthMiddleware,
     ConcurrencyLimit,
     Issuer,
     Key,
@@ -32,7 +37,9 @@ from sigil_policy import (
     RateLimit,
     Revocation,
     Scopes,
+    ScopesMiddleware,
     memory_limits,
+    policy,
 )
 from sigil_policy.core.clock import SYSTEM_CLOCK
 from sigil_policy.core.exchange import get_exchange
@@ -178,6 +185,99 @@ async def test_so_does_a_stack_and_who_has_neither_says_so() -> None:
             pass
 
 
+def test_middlewares_of_their_own_and_policies_by_place_take_them_too() -> None:
+    """The habit of one `add_middleware` for each policy, which fuse."""
+    mint, app = Mint(), Starlette(routes=ROUTES)
+    app.add_middleware(ScopesMiddleware)
+    app.add_middleware(ApiKeyAuthMiddleware, store=MemoryApiKeyStore(), pepper=SecretStr("p" * 40))
+    app.add_middleware(BearerAuthMiddleware, issuers=[OTHERS])
+    app.add_middleware(PolicyStack, [Problems()])
+    placed = Starlette(routes=ROUTES, middleware=[Middleware(PolicyStack, [BearerAuth(issuers=[OTHERS])])])
+    for given, kinds in ((app, ("token", "key")), (placed, ("token",))):
+        before = list(given.user_middleware)
+        with mint.accepted_by(given):
+            client = TestClient(given)
+            for kind in kinds:
+                answer = client.get("/whoami", headers=mint.auth_headers(kind=kind))  # type: ignore[arg-type]
+                assert (answer.status_code, answer.json()["subject"]) == (200, "user_123")
+            stack: Any = given.middleware_stack
+            stack = stack.app  # inside of what answers errors
+            assert isinstance(stack, PolicyStack) and not isinstance(stack.app, PolicyStack), "they have fused"
+        assert given.user_middleware == before
+        assert TestClient(given).get("/whoami", headers=mint.auth_headers()).status_code == 401, "as it was before"
+    with mint.accepted_by(app):
+        assert_problem(TestClient(app).get("/whoami"), "AUTH_001")
+
+
+def test_all_options_of_a_stack_stay() -> None:
+    """Without the tags, what is allowed in a test would be refused in production, or worse."""
+    mint, app = Mint(), fastapi.FastAPI()
+
+    @app.get("/inside", tags=["internal"])
+    def inside() -> None: ...
+
+    class Mine(PolicyStack):
+        pass
+
+    options: Any = {"tags": {"internal": policy(scopes="inside")}, "strict_routes": True, "finish_timeout": 2.5}
+    policies = [Problems(), BearerAuth(issuers=[OTHERS]), Scopes()]
+    stack = PolicyStack(app, policies, clock=FrozenClock(), **options)
+    with mint.accepted_by(stack) as accepting:
+        assert type(accepting) is PolicyStack
+        assert (accepting.tags, accepting.strict_routes, accepting.finish_timeout) == tuple(options.values())
+    app.add_middleware(Mine, policies=policies, **options)
+    with mint.accepted_by(app):
+        client = TestClient(app)
+        assert_problem(client.get("/inside", headers=mint.auth_headers(scopes=["other"])), "AUTH_004")
+        assert client.get("/inside", headers=mint.auth_headers(scopes=["inside"])).status_code == 200
+        found: Any = app.middleware_stack
+        while not isinstance(found, PolicyStack):
+            found = found.app
+        assert isinstance(found, Mine) and found.strict_routes and found.finish_timeout == 2.5
+
+
+def test_the_clock_reaches_everything_in_this_process() -> None:
+    """Keys that end, failures that are forgotten, revocations that end, uses that are noted, slots and windows."""
+    mint, revocations = Mint(), MemoryRevocations()
+    client = TestClient(
+        app_of(
+            AuthFailureLimit(addresses="2/minute", credentials=None, everywhere=None),
+            BearerAuth(issuers=[mint.issuer]),
+            ApiKeyAuth(store=mint.key_store, pepper=mint.pepper),
+            Revocation(store=revocations),
+            RateLimit(tiers={"free": "3/hour"}),
+        )
+    )
+    with frozen() as clock:
+        key = mint.auth_headers("job", kind="key", lifetime=600)
+        assert client.get("/whoami", headers=key).status_code == 200
+        clock.advance(599)
+        assert client.get("/whoami", headers=key).status_code == 200
+        clock.advance(2)
+        assert_problem(client.get("/whoami", headers=key), "AUTH_005")
+        clock.advance(120)
+        wrong = mint.auth_headers(aud="others")
+        statuses = [client.get("/whoami", headers=wrong).status_code for _ in range(4)]
+        assert statuses == [401, 401, 429, 429]
+        clock.advance(61)
+        assert client.get("/whoami", headers=wrong).status_code == 401
+        clock.advance(120)
+        token = mint.auth_headers("ann", lifetime=7_200)
+        assert client.get("/whoami", headers=token).status_code == 200
+        anyio.run(partial(revocations.revoke, subject="ann", until=clock.time() + 30))
+        assert client.get("/whoami", headers=token).status_code == 401
+        clock.advance(29)
+        assert client.get("/whoami", headers=token).status_code == 401
+        clock.advance(120)
+        assert client.get("/whoami", headers=token).status_code == 200
+        assert client.get("/whoami", headers=token).status_code == 200
+        assert_problem(client.get("/whoami", headers=token), "RATE_001")
+        clock.advance(3_600)
+        assert client.get("/whoami", headers=token).status_code == 200
+        clock.advance(3_600)
+        assert_problem(client.get("/whoami", headers=token), "AUTH_002")
+
+
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +359,17 @@ async def test_a_problem_of_any_kind_of_response() -> None:
         assert_problem({"status": 401}, "AUTH_001")
 
 
+@pytest.mark.parametrize("language", ["de", "fr"])
+def test_a_problem_that_was_translated_and_compressed_on_its_way(language: str) -> None:
+    messages = {"de": {"AUTH_001": "Anmeldung n\u00f6tig"}}
+    app = PolicyStack(ok, policies=[Problems(messages=messages), BearerAuth(issuers=[Mint().issuer], required=True)])
+    client = TestClient(GZipMiddleware(app, minimum_size=10))
+    answer = client.get("/", headers={"accept-language": language})
+    assert answer.headers["content-encoding"] == "gzip"
+    title = "Anmeldung n\u00f6tig" if language == "de" else "AuthenticationRequiredError"
+    assert assert_problem(answer, "AUTH_001")["title"] == title
+
+
 def response(**changes: Any) -> Any:
     body = {
         "type": "https://e.example/auth-001", "title": "AuthenticationRequiredError", "status": 401, "instance": "/",
@@ -305,7 +416,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+import pytest
 from sigil_policy import ApiKeyAuth, BearerAuth, PolicyStack, Problems, RateLimit, Scopes, memory_limits
+from sigil_policy.testing import drive
 
 
 def test_everything(
@@ -332,6 +445,16 @@ def test_everything(
     assert client.get("/", headers=headers).status_code == 503
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_in_an_event_loop(anyio_backend, sigil_clock, sigil_issuer, auth_headers, assert_problem):
+    app = PolicyStack(PlainTextResponse("ok"), policies=[Problems(), BearerAuth(issuers=[sigil_issuer])])
+    headers = auth_headers(lifetime=60)
+    assert (await drive(app, headers=headers)).status == 200
+    sigil_clock.advance(120)
+    assert_problem(await drive(app, headers=headers), "AUTH_002")
+
+
 def test_the_clock_goes_on_afterwards():
     import time
     from sigil_policy.core.clock import SYSTEM_CLOCK
@@ -354,11 +477,11 @@ def run_pytest(folder: Path, text: str, *options: str) -> subprocess.CompletedPr
     # Alone with this plugin: those of other packages that are installed here load what they like.
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "sigil_policy.testing.plugin", *options]
-    command += ["-o", "filterwarnings=error", "-p", "no:cacheprovider", "test_it.py"]
+    command += ["-o", "filterwarnings=error", "-p", "no:cacheprovider", "-p", "anyio", "test_it.py"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize(("text", "passed"), [(USE, "2 passed"), (LIGHT, "1 passed")], ids=["used", "not used"])
+@pytest.mark.parametrize(("text", "passed"), [(USE, "4 passed"), (LIGHT, "1 passed")], ids=["used", "not used"])
 def test_the_plugin_in_somebody_elses_run(tmp_path: Path, text: str, passed: str) -> None:
     done = run_pytest(tmp_path, text)
     assert done.returncode == 0 and passed in done.stdout, done.stdout + done.stderr
@@ -378,3 +501,67 @@ def test_names_load_on_first_use_and_are_all_there() -> None:
     assert set(kit.__all__) <= set(dir(kit))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = kit.nothing
+
+
+OPTIMIZED = """
+import anyio
+from sigil_policy import Policy
+from sigil_policy.stores.memory import FixedWindows
+from sigil_policy.stores.replays import MemoryReplays
+from sigil_policy.testing import assert_problem, check_limit_store, check_policy, check_store, connect, drive, validated
+
+
+class Forgets(MemoryReplays):
+    def claim(self, name, seconds, now):
+        return True
+
+
+class Generous(FixedWindows):
+    def admit(self, key, plan, cost, estimate, now):
+        return super().admit(key, plan, 0, estimate, now)
+
+
+class Capitals(Policy):
+    def on_response(self, ex, head):
+        head.headers.append((b"X-A", b"1"))
+
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"1"), (b"a", b"2")]})
+
+
+async def talks():
+    async with connect(app, kind="http") as exchange:
+        await exchange.receive("http.response.body")
+
+
+async def main():
+    if __debug__:
+        raise SystemExit("not optimized")
+    sent = await drive(app)
+    for ask in (
+        lambda: check_store(Forgets), lambda: check_limit_store(Generous, algorithm="fixed"),
+        lambda: check_policy(Capitals()), lambda: drive(validated(app)), talks,
+    ):
+        try:
+            await ask()
+        except AssertionError as error:
+            print(type(error).__name__, str(error)[:60])
+    for ask in (lambda: sent.header("a"), lambda: assert_problem(sent, "AUTH_001")):
+        try:
+            ask()
+        except AssertionError:
+            print("told")
+
+
+anyio.run(main)
+"""
+
+
+def test_what_is_run_with_optimization_still_tests() -> None:
+    """`python -O` leaves every `assert` out: suites that consist of them would pass whatever they are given."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-O", "-B", "-c", OPTIMIZED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 7, done.stdout

@@ -82,6 +82,9 @@ FORBIDDEN_HTTP = {
     "AS-14 push": ([{"type": "http.response.push", "path": "/"}, START, BODY], "not offered this extension"),
     "AS-14 pathsend": ([START, {"type": "http.response.pathsend", "path": "/x"}], "not offered this extension"),
     "AS-12 trailers": ([start(trailers=True), BODY, TRAILERS], "not offered this extension"),
+    "headers are None": ([start(headers=None), BODY], "pairs of bytes, not a NoneType"),
+    "headers are a number": ([start(headers=5), BODY], "pairs of bytes, not a int"),
+    "interim": ([start(status=103), BODY], "is interim"),
 }
 
 FORBIDDEN_EXTENSIONS = {
@@ -96,6 +99,30 @@ FORBIDDEN_EXTENSIONS = {
     ),
     "AS-13 pathsend after a part": ([START, PART, {"type": "http.response.pathsend", "path": "/x"}], "after a part"),
     "AS-13 pathsend without path": ([START, {"type": "http.response.pathsend"}], "path is missing"),
+    "AS-13 pathsend of a relative path": (
+        [START, {"type": "http.response.pathsend", "path": "x"}],
+        "is not absolute",
+    ),
+    "AS-13 pathsend after a copy": (
+        [
+            START,
+            {"type": "http.response.zerocopysend", "file": 1, "more_body": True},
+            {"type": "http.response.pathsend", "path": "/x"},
+        ],
+        "after a part",
+    ),
+    "AS-13 zerocopysend of nothing": ([START, {"type": "http.response.zerocopysend"}], "file is missing"),
+    "AS-13 zerocopysend from a text": (
+        [START, {"type": "http.response.zerocopysend", "file": 1, "offset": "0"}],
+        "offset is a int",
+    ),
+    "AS-13 push of nothing": ([{"type": "http.response.push", "headers": []}, START, BODY], "path is missing"),
+    "AS-13 a hint of nothing": ([{"type": "http.response.early_hint"}, START, BODY], "links is missing"),
+    "AS-13 a hint of texts": (
+        [{"type": "http.response.early_hint", "links": ["</a>"]}, START, BODY],
+        "links are byte strings",
+    ),
+    "AS-13 debug without info": ([{"type": "http.response.debug"}, START, BODY], "info is missing"),
     "AS-13 pathsend, then body": ([START, {"type": "http.response.pathsend", "path": "/x"}, BODY], "was complete"),
 }
 
@@ -227,6 +254,9 @@ SERVERS_FAULTS = {
         "websocket", [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "a"}], "has accepted",
     ),
     "two connects": ("websocket", [{"type": "websocket.connect"}] * 2, "a second one"),
+    "a message after a handshake that was refused": (
+        "refused", [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "a"}], "has accepted",
+    ),
     "AS-31 a message after disconnect": (
         "websocket",
         [{"type": "websocket.connect"}, {"type": "websocket.disconnect"}, {"type": "websocket.receive", "text": "a"}],
@@ -237,8 +267,14 @@ SERVERS_FAULTS = {
 
 @pytest.mark.parametrize(("kind", "incoming", "words"), SERVERS_FAULTS.values(), ids=SERVERS_FAULTS)
 async def test_what_a_server_or_an_outer_middleware_must_not_hand_on(kind: str, incoming: Any, words: str) -> None:
+    async def refuses(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(CLOSE)
+        await receive()
+
+    app = validated(refuses) if kind == "refused" else sends(START, BODY, first=len(incoming))
     with pytest.raises(ProtocolViolation, match=words):
-        await drive(sends(START, BODY, first=len(incoming)), kind=kind, incoming=incoming)
+        await drive(app, kind="http" if kind == "http" else "websocket", incoming=incoming)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +286,7 @@ async def test_what_a_server_or_an_outer_middleware_must_not_hand_on(kind: str, 
         ({"query_string": ""}, "query_string is a bytes"),
         ({"headers": {"a": "b"}}, "pairs of bytes"),
         ({"headers": [("a", "b")]}, "not a pair of bytes"),
+        ({"headers": [5, b"ab"]}, "not a pair of bytes"),
         ({"extensions": ["x"]}, "extensions is a Mapping"),
     ],
 )
@@ -335,6 +372,18 @@ async def test_a_violation_that_somebody_swallows_is_raised_at_the_end() -> None
         await drive(stack)
 
 
+async def test_headers_that_can_be_read_once_reach_the_server() -> None:
+    """ASGI says "iterable": judging them must not use them up."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(start(headers=(pair for pair in [(b"x-a", b"1"), (b"content-length", b"2")])))
+        await send(BODY)
+
+    sent = await drive(validated(validated(app)))
+    assert list(sent.start["headers"]) == [(b"x-a", b"1"), (b"content-length", b"2")]
+    assert broken_rules([start(headers=iter([(b"content-length", b"1")])), BODY], scope={"type": "http"})
+
+
 async def test_names_in_mixed_case_are_forgiven_by_option() -> None:
     """Django sends them, and servers take them."""
     app = sends(headers((b"Content-Type", b"text/plain")), BODY)
@@ -350,6 +399,8 @@ def test_messages_alone_are_judged_by_the_same_rules() -> None:
         "message 2: http.response.body: after the response was complete (ASGI HTTP, Response Body)"
     ]
     assert broken_rules([{"type": "mqtt.start"}])
+    nonsense: Any = [{"type": 5}], ["http.response.start"], [None], [{}], [START, None]
+    assert all(broken_rules(messages) for messages in nonsense)
     scope = {"type": "http", "method": "GET", "path": "/"}
     assert broken_rules([headers((b"content-length", b"1")), BODY], scope=scope)
 

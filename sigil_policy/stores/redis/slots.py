@@ -83,7 +83,7 @@ class _Heartbeat:
     def add(self, slot_id: bytes, keys: Sequence[bytes]) -> None:
         self.open[slot_id] = keys
         if self._timer is None:
-            self._timer = self.loop.call_later(self.ttl / 3_000, self._beat)
+            self._beat_later()
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -93,10 +93,13 @@ class _Heartbeat:
     def _beat(self) -> None:
         self._timer = None
         if self.open:
-            self._timer = self.loop.call_later(self.ttl / 3_000, self._beat)
-            # In a context of its own: that of the request which came first would be kept for as long as it beats.
+            self._beat_later()
             if self._running is None or self._running.done():
                 self._running = self.loop.create_task(self.renew(), context=Context())
+
+    def _beat_later(self) -> None:
+        # In a context of its own: that of the request which came first would be kept for as long as it beats.
+        self._timer = self.loop.call_later(self.ttl / 3_000, self._beat, context=Context())
 
     async def renew(self) -> None:
         """Tell the store of every slot that is open: some at a time, so that requests go between."""
