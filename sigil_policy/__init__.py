@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from sigil_policy.middleware import ApiKeyAuthMiddleware as ApiKeyAuthMiddleware
     from sigil_policy.middleware import AuthFailureLimitMiddleware as AuthFailureLimitMiddleware
     from sigil_policy.middleware import BearerAuthMiddleware as BearerAuthMiddleware
+    from sigil_policy.middleware import BodyLimitMiddleware as BodyLimitMiddleware
     from sigil_policy.middleware import CacheControlMiddleware as CacheControlMiddleware
     from sigil_policy.middleware import ConcurrencyLimitMiddleware as ConcurrencyLimitMiddleware
     from sigil_policy.middleware import ConditionalMiddleware as ConditionalMiddleware
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from sigil_policy.policies.api_key import ApiKeyAuth as ApiKeyAuth
     from sigil_policy.policies.auth_failures import AuthFailureLimit as AuthFailureLimit
     from sigil_policy.policies.bearer import BearerAuth as BearerAuth
+    from sigil_policy.policies.body_limit import BodyLimit as BodyLimit
     from sigil_policy.policies.cache_control import CacheControl as CacheControl
     from sigil_policy.policies.cache_control import CacheRule as CacheRule
     from sigil_policy.policies.concurrency import ConcurrencyLimit as ConcurrencyLimit
@@ -180,6 +182,7 @@ _HOMES = {
         "ApiKeyAuthMiddleware",
         "AuthFailureLimitMiddleware",
         "BearerAuthMiddleware",
+        "BodyLimitMiddleware",
         "CacheControlMiddleware",
         "ConcurrencyLimitMiddleware",
         "ConditionalMiddleware",
@@ -201,6 +204,7 @@ _HOMES = {
     "policies.api_key": ("ApiKeyAuth",),
     "policies.auth_failures": ("AuthFailureLimit",),
     "policies.bearer": ("BearerAuth",),
+    "policies.body_limit": ("BodyLimit",),
     "policies.cache_control": ("CacheControl", "CacheRule"),
     "policies.concurrency": ("ConcurrencyLimit",),
     "policies.conditional": ("Conditional",),

@@ -16,6 +16,7 @@ from sigil_policy.policies.access_log import AccessLog
 from sigil_policy.policies.api_key import ApiKeyAuth
 from sigil_policy.policies.auth_failures import AuthFailureLimit
 from sigil_policy.policies.bearer import BearerAuth
+from sigil_policy.policies.body_limit import BodyLimit
 from sigil_policy.policies.cache_control import CacheControl
 from sigil_policy.policies.concurrency import ConcurrencyLimit
 from sigil_policy.policies.conditional import Conditional
@@ -56,6 +57,7 @@ AllowedOriginsMiddleware = as_middleware(AllowedOrigins)
 ApiKeyAuthMiddleware = as_middleware(ApiKeyAuth)
 AuthFailureLimitMiddleware = as_middleware(AuthFailureLimit)
 BearerAuthMiddleware = as_middleware(BearerAuth)
+BodyLimitMiddleware = as_middleware(BodyLimit)
 CacheControlMiddleware = as_middleware(CacheControl)
 ConcurrencyLimitMiddleware = as_middleware(ConcurrencyLimit)
 ConditionalMiddleware = as_middleware(Conditional)

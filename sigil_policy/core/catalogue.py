@@ -106,6 +106,11 @@ SEMANTICS_FAILED = library_type(
     "Check field validation requirements", "Refer to API documentation for valid values",
     description="The request has the right form, but what it says cannot be; the member errors says where.",
 )  # fmt: skip
+BODY_TOO_LARGE = library_type(
+    "REQ_003", "RequestTooLargeError", 413,
+    "Send a smaller request body", "Announce its length in Content-Length",
+    description="The body of the request is larger than this route takes; the member max_bytes says what it takes.",
+)  # fmt: skip
 VERSION_RETIRED = library_type(
     "API_001", "VersionRetiredError", 410,
     "Use the successor version named in the Link header",
