@@ -58,12 +58,22 @@ class Credential:
     issuers: frozenset[str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An operation that a policy answers by itself: `written` is what OpenAPI writes of it."""
+
+    method: str
+    path: str
+    written: Mapping[str, Any]
+
+
 @dataclass(slots=True)
 class Operation:
     """One method of one path, and what the policies around it have said so far.
 
     `takes_input` says that something of the request is validated. `public` is set by who lets anybody pass, `requires`
     (a requirement) by who takes a caller, and `required` by an authentication that refuses who has no credential.
+    `answered` is set by a policy that answers by itself: those further in are not asked.
     """
 
     method: str
@@ -73,6 +83,7 @@ class Operation:
     required: bool = False
     requires: Any = None
     deprecated: bool = False
+    answered: bool = False
     validation: ProblemType | None = None
     style: ProblemStyle = DEFAULT_STYLE
     place: int = 0

@@ -28,7 +28,7 @@ from sigil_policy.core.problems import Problem, Reply
 
 if TYPE_CHECKING:
     from sigil_policy.core.host import Resolution
-    from sigil_policy.core.operations import Operation
+    from sigil_policy.core.operations import Operation, Served
 
 Answer = Problem | Reply | None
 
@@ -205,6 +205,10 @@ class Policy:
 
     def describe(self, operation: "Operation", rule: Any) -> None:
         """Say what this policy adds to an endpoint, for its OpenAPI document; `rule` is its setting there, or None."""
+
+    def serves(self) -> "Iterable[Served]":
+        """The operations that this policy answers by itself, for the OpenAPI document."""
+        return ()
 
     def resources(self) -> Iterable[Closable]:
         """What the stack closes when the application shuts down."""

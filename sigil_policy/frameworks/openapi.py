@@ -27,9 +27,10 @@ What it guarantees:
 * Nothing is asked of a store, and no secret is in it.
 
 The document is made when it is first asked for, which takes about as long as FastAPI's own; `app.openapi()` at startup
-makes it before the first request. Call `enrich_openapi` once, anywhere; for a stack that is put around the application,
-`enrich_openapi(PolicyStack(app, [...]))`. Applications that are mounted have documents of their own. OpenAPI 3.1; in a
-document of 3.0 the scopes of keys and plain tokens are left out, because it has no place for them.
+makes it before the first request. Call `enrich_openapi` once, after an `app.openapi` of your own is set; for a stack
+that is put around the application, `enrich_openapi(PolicyStack(app, [...]))`. Applications that are mounted have
+documents of their own. OpenAPI 3.1; in a document of 3.0 the scopes of keys and plain tokens are left out, because it
+has no place for them.
 """
 
 import json
@@ -47,10 +48,12 @@ from fastapi.routing import iter_route_contexts
 
 from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT
 from sigil_policy.core.host import Resolution
-from sigil_policy.core.operations import INSIDE, Credential, Field, Operation, Refusal
+from sigil_policy.core.operations import INSIDE, Credential, Field, Operation, Refusal, Served
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.problems import DEFAULT_STYLE, ProblemStyle, ProblemType, registered_types
 from sigil_policy.core.stack import PolicyStack
+from sigil_policy.frameworks.chain import chain
+from sigil_policy.frameworks.routes import is_known
 from sigil_policy.identity.requirements import AllOf, AnyOf, Both, Either, FromApiKey, FromIssuer, Requirement
 
 App = TypeVar("App")
@@ -62,7 +65,6 @@ OWN_SCHEMES: dict[str, Mapping[str, Any]] = {}
 _MARK = "__sigil_enriched__"
 _CODES = "x-problem-codes"
 _METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query")
-_DEEPEST = 100
 _MOST_ALTERNATIVES = 64
 _DEFAULTS = ("HTTPValidationError", "ValidationError")
 
@@ -157,14 +159,10 @@ def problem_responses(*kinds: ProblemType) -> dict[int | str, dict[str, Any]]:
 
 def find_api(app: Any) -> FastAPI:
     """The FastAPI application that `app` is, or leads to."""
-    inner = app
-    for _ in range(_DEEPEST):
-        if inner is None or isinstance(inner, FastAPI):
-            break
-        inner = getattr(inner, "app", None)
-    if not isinstance(inner, FastAPI):
-        raise TypeError(f"an OpenAPI document is made for a FastAPI application, not for {type(app).__name__}")
-    return inner
+    for inner in chain(app, is_known):
+        if isinstance(inner, FastAPI):
+            return inner
+    raise TypeError(f"an OpenAPI document is made for a FastAPI application, not for {type(app).__name__}")
 
 
 def _differ(one: object, other: object) -> bool:
@@ -183,13 +181,7 @@ def _stacks(api: FastAPI) -> Iterator[PolicyStack]:
                 make: Callable[..., PolicyStack] = one.cls
                 yield make(api, *one.args, **one.kwargs)
         return
-    inner: Any = api.middleware_stack
-    for _ in range(_DEEPEST):
-        if inner is None or inner is api:
-            return
-        if isinstance(inner, PolicyStack):
-            yield inner
-        inner = getattr(inner, "app", None)
+    yield from (inner for inner in chain(api.middleware_stack, is_known) if isinstance(inner, PolicyStack))
 
 
 class _Around:
@@ -215,6 +207,13 @@ class _Around:
             for policy in stack.policies:
                 operation.place += 1
                 policy.describe(operation, _rule(policy, found.get(id(policy)), resolution))
+                if operation.answered:
+                    return
+
+    def served(self) -> Iterator[Served]:
+        for stack in self.stacks:
+            for policy in stack.policies:
+                yield from policy.serves()
 
 
 def _rule(policy: Policy, rule: Any, resolution: Resolution | None) -> Any:
@@ -230,9 +229,12 @@ def _enriched(api: FastAPI, base: Mapping[str, Any], stacks: Sequence[PolicyStac
     document: dict[str, Any] = deepcopy(dict(base))
     around = _Around(api, stacks)
     components = _Components(document)
+    for served in around.served():
+        item = document.setdefault("paths", {}).setdefault(served.path, {})
+        item.setdefault(served.method.lower(), deepcopy(dict(served.written)))
     for path, item in (document.get("paths") or {}).items():
         for method in _METHODS:
-            written = item.get(method)
+            written = item.get(method) if isinstance(item, dict) else None
             if isinstance(written, dict):
                 takes_input = bool(written.get("parameters") or written.get("requestBody") or item.get("parameters"))
                 operation = Operation(method.upper(), path, takes_input)
@@ -256,7 +258,7 @@ class _Components:
 
     def put(self, kind: str, name: str, content: Mapping[str, Any]) -> str:
         """The name under which `content` is known from now on: `name`, or with a number behind it."""
-        known = self.parts.setdefault(kind, {})
+        known = self.parts[kind] = self.parts.get(kind) or {}
         chosen, number = name, 1
         while chosen in known and known[chosen] != content:
             number += 1
@@ -308,7 +310,7 @@ class _Components:
 def _requirements(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from document.get("security") or ()
     for item in (document.get("paths") or {}).values():
-        for operation in item.values():
+        for operation in (item or {}).values():
             if isinstance(operation, dict):
                 yield from operation.get("security") or ()
 
@@ -333,7 +335,8 @@ class _Writer:
         self.components = components
 
     def write(self) -> None:
-        responses: dict[str, Any] = self.written.setdefault("responses", {})
+        # A document of the application's own may have numbers for its statuses.
+        responses: dict[str, Any] = {str(code): said for code, said in (self.written.get("responses") or {}).items()}
         self._promised(responses)
         asked = self._asked()
         if self.operation.validation is not None and _is_default_rejection(responses.get("422")):
@@ -363,6 +366,8 @@ class _Writer:
         """The problems that the endpoint says it raises."""
         kinds = {kind.code: kind for kind in registered_types()}
         for code, response in [*responses.items()]:
+            if not isinstance(response, dict):
+                continue
             for name in response.pop(_CODES, ()):
                 if name in kinds:
                     self.operation.answers(kinds[name], inside=True)
@@ -390,7 +395,7 @@ class _Writer:
 
     def _add_fields(self, code: str, response: dict[str, Any]) -> None:
         status = int(code[0]) * 100 if code[1:].upper() == "XX" else int(code) if code.isdigit() else None
-        if status is None or "$ref" in response:
+        if status is None or not isinstance(response, dict) or "$ref" in response:
             return
         fields = self._fields(status, INSIDE)
         taken = {name.lower() for name in response.get("headers") or ()}

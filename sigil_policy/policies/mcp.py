@@ -35,6 +35,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from sigil_policy.core.catalogue import (
+    BODY_TOO_LARGE,
     CREDENTIALS_MISSING,
     PROOF_INVALID,
     PROOF_NONCE_REQUIRED,
@@ -43,6 +44,7 @@ from sigil_policy.core.catalogue import (
 )
 from sigil_policy.core.exchange import BodyTooLargeError, Exchange
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation
 from sigil_policy.core.policy import Answer, Listed, Policy
 from sigil_policy.core.problems import Problem, ProblemStyle, Reply, close_code, encode_json
 from sigil_policy.core.routing import has_dot_segment, parse_route
@@ -159,6 +161,10 @@ class McpEndpoint(Policy):
     def rules(self) -> Mapping[str, bool]:
         return _routes(self.paths, self.exempt)
 
+    def describe(self, operation: Operation, rule: bool | None) -> None:
+        if rule:
+            operation.answers(http_problem(403))
+
     def on_request(self, ex: Exchange) -> Answer:
         # A dot segment may lead anywhere once it is resolved: what it leads to is not guessed.
         rule = ex.rule(self)
@@ -183,8 +189,8 @@ class McpTools(Policy):
         )
 
     Answers 401 `AUTH_001` to nobody, 403 `AUTH_004` with all scopes that the call takes to somebody with too few, 400
-    with a JSON-RPC error to a message that is none or that its headers contradict, 413 to one over `body_limit`, 403 to
-    a WebSocket. Gives `McpCall`. Goes inside the auth policies, outside `Scopes` and `RateLimit`.
+    with a JSON-RPC error to a message that is none or that its headers contradict, 413 `REQ_003` to one over
+    `body_limit`, 403 to a WebSocket. Gives `McpCall`. Goes inside the auth policies, outside `Scopes` and `RateLimit`.
     """
 
     needs: ClassVar[tuple[type, ...]] = (Principal,)
@@ -250,6 +256,25 @@ class McpTools(Policy):
     def rules(self) -> Mapping[str, bool]:
         return _routes(self.paths, self.exempt)
 
+    def describe(self, operation: Operation, rule: bool | None) -> None:
+        if not rule:
+            return
+        operation.required = True
+        operation.answers(CREDENTIALS_MISSING, headers=("WWW-Authenticate",))
+        if operation.method == "POST":
+            operation.answers(http_problem(400))
+            if self.verify == "body":
+                operation.answers(BODY_TOO_LARGE, max_bytes=self.body_limit)
+        if self._may_forbid(operation.method):
+            operation.answers(
+                SCOPE_INSUFFICIENT, headers=("WWW-Authenticate",), required_scopes=["a"], missing_scopes=["a"]
+            )
+
+    def _may_forbid(self, method: str) -> bool:
+        if method != "POST":
+            return bool(self.methods.get("*"))
+        return "*" not in self.tools or any(self.tools.values()) or any(self.methods.values())
+
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
         rule = ex.rule(self)
         unclear = rule is None and has_dot_segment(ex.path)
@@ -273,7 +298,7 @@ class McpTools(Policy):
         try:
             message = read_message(await ex.body(self.body_limit))
         except BodyTooLargeError:
-            return http_problem(413)(f"A message has at most {self.body_limit} bytes")
+            return BODY_TOO_LARGE(f"A message has at most {self.body_limit} bytes", max_bytes=self.body_limit)
         except ConnectionError:
             return http_problem(400)("The request ended before its body was complete")
         except NotOneMessageError:

@@ -28,7 +28,7 @@ application. RFC 9728 sections 2, 3 and 5.1.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -39,6 +39,7 @@ from pydantic.dataclasses import dataclass
 from sigil_policy.core.catalogue import http_problem
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation, Served, is_success
 from sigil_policy.core.policy import Answer, Listed, Policy
 from sigil_policy.core.problems import Reply
 from sigil_policy.core.routing import RouteMatcher
@@ -193,6 +194,25 @@ class ProtectedResourceMetadata(Policy):
     def _from_outside(self) -> RouteMatcher:
         # The path of a resource is that of its public URL; the one that rules are matched with is without `root_path`.
         return RouteMatcher({0: {route: rule for route, rule in self.rules().items() if isinstance(rule, str)}})
+
+    def describe(self, operation: Operation, rule: _Document | str | None) -> None:
+        if type(rule) is not _Document or operation.method == "OPTIONS":
+            return
+        operation.answered = True
+        operation.sends("Access-Control-Allow-Origin", "Any web page may read this: *", required=True)
+        if operation.method not in ("GET", "HEAD"):
+            operation.answers(http_problem(405), headers={"Allow": ("The methods that this path has", {})})
+            return
+        operation.public = True
+        operation.sends("ETag", "Names what was sent: give it back as If-None-Match (RFC 9110)", when=is_success)
+        operation.sends("Cache-Control", "For how long this may be kept (RFC 9111)", when=is_success)
+        operation.statuses[304] = "What the client has is still the same (RFC 9110 section 15.4.5)"
+
+    def serves(self) -> Iterable[Served]:
+        found = {"description": "The metadata", "content": {"application/json": {"schema": {"type": "object"}}}}
+        for resource in self.documents:
+            written = {"summary": "Who issues tokens for this resource (RFC 9728)", "responses": {"200": found}}
+            yield Served("GET", WELL_KNOWN + resource_path(resource.resource), written)
 
     def on_request(self, ex: Exchange) -> Answer:
         rule = ex.rule(self)

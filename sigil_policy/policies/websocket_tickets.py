@@ -65,6 +65,7 @@ from sigil_policy.core.catalogue import (
 )
 from sigil_policy.core.exchange import Exchange, Head
 from sigil_policy.core.facts import Principal
+from sigil_policy.core.operations import Operation, Served
 from sigil_policy.core.policy import Answer, Closable, Close, Listed, Policy
 from sigil_policy.core.problems import Problem, Reply, encode_json
 from sigil_policy.core.routing import has_dot_segment, parse_route
@@ -315,6 +316,30 @@ class WebSocketTickets(Policy):
 
     def resources(self) -> Iterable[Closable]:
         return (cast("Closable", self.store),) if hasattr(self.store, "aclose") else ()
+
+    def describe(self, operation: Operation, rule: bool | None) -> None:
+        if not rule:
+            return
+        if operation.method != "POST":
+            operation.answers(http_problem(405), headers={"Allow": ("The method that this path has: POST", {})})
+            return
+        operation.required = operation.answered = True
+        operation.answers(CREDENTIALS_MISSING, CREDENTIALS_CONFLICTING, headers=("WWW-Authenticate",))
+        operation.answers(http_problem(422))
+        if self.bind_origin:
+            operation.answers(http_problem(400))
+        operation.answers(TICKETS_EXCEEDED, http_problem(503), headers=("Retry-After",), retry_after=self.ttl)
+
+    def serves(self) -> Iterable[Served]:
+        ticket = {"type": "string", "description": "Good for one WebSocket"}
+        lifetime = {"type": "integer", "description": "Seconds for which it holds", "maximum": self.ttl}
+        schema = {
+            "type": "object",
+            "required": ["ticket", "expires_in"],
+            "properties": {"ticket": ticket, "expires_in": lifetime},
+        }
+        sold = {"description": "A ticket", "content": {"application/json": {"schema": schema}}}
+        yield Served("POST", self.path, {"summary": "Buy a ticket for a WebSocket", "responses": {"201": sold}})
 
     def on_request(self, ex: Exchange) -> Answer | Awaitable[Answer]:
         if not ex.rule(self) or ex.kind != "http":

@@ -523,6 +523,40 @@ def test_an_application_s_own_document_is_enriched_and_kept() -> None:
     assert "X-Request-ID" in made["paths"]["/health"]["get"]["responses"]["200"]["headers"]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"paths": None, "components": None},
+        {"paths": {"/x": None, "/y": {"$ref": "#/components/pathItems/Y"}}, "components": {"securitySchemes": None}},
+        {"paths": {"/x": {"get": {"responses": None}, "put": None, "parameters": []}}, "components": {"schemas": None}},
+        {"paths": {"/x": {"get": {"responses": {200: {"description": "A number"}, "404": None, "4XX": {}}}}}},
+    ],
+    ids=["nothing", "references", "empty", "numbers"],
+)
+def test_an_application_s_own_document_may_be_odd(own: Any) -> None:
+    app = FastAPI()
+    app.openapi = lambda: {"openapi": "3.1.0", "info": {"title": "Own", "version": "1"}, **own}  # type: ignore[method-assign]
+    app.add_middleware(PolicyStack, policies=everything())
+    made = enrich_openapi(app).openapi()
+    operation = ((made["paths"] or {}).get("/x") or {}).get("get")
+    assert operation is None or {"401", "429"} <= operation["responses"].keys()
+    assert operation is None or all(isinstance(code, str) for code in operation["responses"])
+
+
+def test_a_stack_behind_a_middleware_that_is_a_function_is_asked() -> None:
+    def passing(inner: Any) -> Any:
+        async def middleware(scope: Any, receive: Any, send: Any) -> None:
+            await inner(scope, receive, send)
+
+        return middleware
+
+    app = service()
+    app.add_middleware(PolicyStack, policies=[KEYS])
+    app.add_middleware(passing)
+    app.middleware_stack = app.build_middleware_stack()
+    assert enrich_openapi(app).openapi()["paths"]["/items"]["post"]["security"] == [{"ApiKey": []}, {}]
+
+
 def test_an_application_without_policies_keeps_its_document() -> None:
     assert enrich_openapi(service()).openapi() == service().openapi()
 
