@@ -22,6 +22,7 @@ from sigil_policy.core.stack import PolicyStack
 from sigil_policy.identity.issuers import Issuer
 from sigil_policy.identity.keys import Key
 from sigil_policy.policies.bearer import BearerAuth
+from sigil_policy.policies.body_limit import BodyLimit
 from sigil_policy.policies.conditional import Conditional
 from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.rate_limit import RateLimit
@@ -31,6 +32,7 @@ from sigil_policy.policies.scopes import Scopes
 SECRET = "0123456789abcdef0123456789abcdef"
 ISSUER, AUDIENCE = "https://auth.example.com", "items"
 GAP = 0.3
+LARGEST = 150_000
 
 
 def happened(*what: Any) -> None:
@@ -150,6 +152,7 @@ app = PolicyStack(
                 "DELETE /",
             ],
         ),
+        BodyLimit(limit=LARGEST),
         RateLimit(tiers={"free": "10000/minute"}, limits={"GET /limited/{number}": "2/minute"}),
         Conditional(),
         Watched(),
