@@ -1,6 +1,7 @@
 """The suite runs on asyncio and trio, and is watched for secrets; the property of the pass is drawn two thousand times
 in CI."""
 
+import gc
 import os
 
 import pytest
@@ -19,6 +20,12 @@ FUSION_EXAMPLES = 2_000 if os.environ.get("CI") == "true" else 300
 
 def pytest_configure(config: pytest.Config) -> None:
     canaries.pytest_configure(config)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and twelve thousand tests stay: no collection during a test has to look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -91,7 +91,7 @@ def test_the_lines_to_paste_work_in_the_order_in_which_they_stand(server):
 
 def test_one_line_per_exchange_as_soon_as_it_ended(server):
     assert server.client.get("/health", headers={"X-Request-ID": "line-1"}).headers["x-request-id"] == "line-1"
-    found, deadline = [], time.monotonic() + 5
+    found, deadline = [], time.monotonic() + 30
     while not found and time.monotonic() < deadline:
         time.sleep(0.02)
         found = [event for event in server.log() if event["request_id"] == "line-1"]
@@ -135,26 +135,30 @@ def test_a_stream_arrives_token_by_token(server, home):
     server.client.post(
         "/v7/agents", headers=headers, json={"name": "streamer", "stratum": "RAI", "description": "Streams"}
     )
-    arrivals: list[float] = []
     body = {"input": "Tell me a long story about streams", "stream": True}
-    with server.client.stream("POST", "/v7/agents/streamer/run", headers=headers, json=body) as response:
-        arrivals.extend(time.monotonic() for _ in response.iter_lines())
-    assert arrivals[-1] - arrivals[0] > 0.1
+    lasted = []
+    # Who is held up after the first line finds all the others waiting, once or twice.
+    while not lasted or (max(lasted) <= 0.1 and len(lasted) < 5):
+        with server.client.stream("POST", "/v7/agents/streamer/run", headers=headers, json=body) as response:
+            arrivals = [time.monotonic() for _ in response.iter_lines()]
+        lasted.append(arrivals[-1] - arrivals[0])
+    assert max(lasted) > 0.1
 
 
 def test_a_client_that_leaves_is_charged_for_what_was_produced(server, home):
-    if time.time() % 60 > 50:  # budgets begin anew with the minute
-        time.sleep(60 - time.time() % 60)
     headers = bearer(home.mint_token(subject="lea", tier="pro", scopes=["agents:write", "agents:execute"]))
     server.client.post("/v7/agents", headers=headers, json={"name": "leaver", "stratum": "RAI", "description": "Left"})
     body = {"input": "word " * 100, "stream": True, "config": {"max_tokens": 4000}}
-    with server.client.stream("POST", "/v7/agents/leaver/run", headers=headers, json=body) as response:
-        next(response.iter_lines())
-    deadline = time.monotonic() + 5
-    used = 500
-    while used >= 500 and time.monotonic() < deadline:  # the estimate is held until the end is noticed
-        time.sleep(0.05)
-        used = server.client.get("/v7/budget/status", headers=headers).json()["tokens"][0]["used"]
+    minute = None
+    while minute != time.time() // 60:  # budgets begin anew with the minute: it has to be the same one at the end
+        minute = time.time() // 60
+        with server.client.stream("POST", "/v7/agents/leaver/run", headers=headers, json=body) as response:
+            next(response.iter_lines())
+        deadline = time.monotonic() + 20
+        used = 500
+        while used >= 500 and time.monotonic() < deadline:  # the estimate is held until the end is noticed
+            time.sleep(0.05)
+            used = server.client.get("/v7/budget/status", headers=headers).json()["tokens"][0]["used"]
     assert 100 < used < 500
 
 

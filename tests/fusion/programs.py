@@ -5,6 +5,8 @@ stack and returns the log: each hook with what it saw, each message that the ser
 application met, and the exception that came out, in order.
 """
 
+import asyncio
+import atexit
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -414,9 +416,24 @@ class World:
         return self.log
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    atexit.register(loop.close)
+    return loop
+
+
 def run(program: Program, build: Any, backend: str = "asyncio") -> Log:
     """What happens when `program` runs in the application that `build` makes of its world."""
-    return anyio.run(World(program).play, build, backend=backend)
+    play = World(program).play
+    if backend != "asyncio":
+        return anyio.run(play, build, backend=backend)
+    # One loop for tens of thousands of programs: to make and to end one takes longer than most of them.
+    loop = _loop()
+    try:
+        return loop.run_until_complete(play(build))
+    finally:
+        assert not asyncio.all_tasks(loop), "what one program leaves running would disturb the next"
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------

@@ -671,11 +671,11 @@ async def test_who_stands_in_line_until_the_deadline_has_found_nothing_out(endpo
     """A slow endpoint is not one that is away: those who had their turn have all the time that a call has."""
 
     async def slowly(request):
-        await anyio.sleep(0.4)
+        await anyio.sleep(1.2)
         return await endpoint.handle(request)
 
     transport = httpx2.MockTransport(slowly)
-    known = endpoint.introspection(max_concurrent=2, deadline=0.6, transport=transport).introspector
+    known = endpoint.introspection(max_concurrent=2, deadline=1.8, transport=transport).introspector
     found = {}
 
     async def see(number: int) -> None:

@@ -366,9 +366,9 @@ def test_a_ticket_takes_no_time_to_write_or_to_read(claims: Any) -> None:
     def least(work: Any) -> float:
         times = []
         for _ in range(30):
-            begun = time.perf_counter()
+            begun = time.thread_time()
             work()
-            times.append(time.perf_counter() - begun)
+            times.append(time.thread_time() - begun)
         return min(times)
 
     # As long as reading so much JSON takes, a few times over: the machine may be slow.

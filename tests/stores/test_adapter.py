@@ -571,7 +571,7 @@ async def test_a_storage_that_hangs_costs_the_deadline_and_what_was_taken_comes_
         with pytest.raises(StoreUnavailableError, match=r"did not decide in 0\.05 seconds") as caught:
             await store.admit("a", PLAN, 1, (10,), START)
         waited = time.monotonic() - begun
-    assert 0.05 <= waited < 0.07 + lag.worst
+    assert 0.05 <= waited < 0.07 + 2 * lag.worst
     assert caught.value.retry_after == 1.0
     assert storage.changes == [1, 1, 1, -1, -1]
     assert await left(store) == (3, 5, 8, 100)
@@ -591,7 +591,7 @@ async def test_giving_back_to_a_storage_that_hangs_is_bounded(make: Make) -> Non
         with pytest.raises(StoreUnavailableError):
             await store.admit("a", PLAN, 1, (10,), START)
         waited = time.monotonic() - begun
-    assert waited < 0.07 + lag.worst
+    assert waited < 0.07 + 2 * lag.worst
     assert storage.changes == [1, 1, -1]
 
 
@@ -622,7 +622,7 @@ async def test_a_server_that_fails_costs_nobody_more_than_the_deadline(
                 begun = time.monotonic()
                 with pytest.raises(StoreUnavailableError):
                     await asked()
-                waits.append(time.monotonic() - begun - lag.worst)
+                waits.append(time.monotonic() - begun - 2 * lag.worst)
         assert max(waits) < 0.07
         store.deadline = PATIENT
         proxy.mode = "pass"

@@ -3,6 +3,7 @@
 The suites of Starlette and FastAPI themselves are run by `python -m tests.transparency`.
 """
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,12 +14,16 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from sigil_policy.core.clock import SYSTEM_CLOCK
 from sigil_policy.core.stack import PolicyStack
+from sigil_policy.policies.cache_control import CacheControl
+from sigil_policy.testing import FrozenClock
 from sigil_policy.testing.rules import Validated
 from tests.transparency import injection
 from tests.transparency.__main__ import CONTROL
@@ -53,10 +58,75 @@ def test_the_permissive_stack_holds_nearly_every_policy_and_adds_nothing() -> No
     plain = TestClient(app).get("/").headers
     stack = injection.stack()(app)
     names = {type(policy).__name__ for policy in stack.policies}
-    assert len(names) >= 11
+    assert len(names) >= 16
     assert TestClient(stack).get("/").headers == plain
     more = TestClient(injection.stack(headers=True)(app)).get("/").headers
     assert {"x-request-id", "etag"} <= set(more) and len(more) > len(plain) + 3
+
+
+def test_the_permissive_stack_has_the_clock_of_the_stack_inside() -> None:
+    """An exchange has one clock, that of the outermost stack: with another one tokens of the suite would have ended."""
+    clock = FrozenClock()
+    app = Starlette(middleware=[Middleware(PolicyStack, policies=[CacheControl()], clock=clock)])
+    wrap = injection.stack()
+    assert wrap(app).clock is wrap(PolicyStack(home, [CacheControl()], clock=clock)).clock is clock
+    assert wrap(home).clock is SYSTEM_CLOCK
+
+
+def test_an_application_of_a_class_is_wrapped_once_where_it_is_called_from_outside() -> None:
+    told: list[str] = []
+
+    class App:
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            assert scope == {"type": "http"}
+            told.append("app")
+
+    def wrap(app: Any) -> Any:
+        told.append("made")
+
+        async def around(scope: Any, receive: Any, send: Any) -> None:
+            told.append("in")
+            await app(scope, receive, send)
+
+        return around
+
+    app: Any = App()
+    end = injection.inject_into(App, wrap)
+    try:
+        asyncio.run(app({"type": "http"}, None, None))
+        asyncio.run(app({"type": "http"}, None, None))
+    finally:
+        end()
+    assert told == ["made", "in", "app", "in", "app"]
+    asyncio.run(app({"type": "http"}, None, None))
+    assert told[5:] == ["app"], "and no longer"
+
+
+@pytest.mark.parametrize("name", ["litestar", "quart"])
+def test_litestar_and_quart_are_wrapped_where_they_are_called(name: str) -> None:
+    """Their own clients do that: a middleware around everything changes what they hear."""
+
+    def litestar_says() -> int:
+        from litestar import Litestar
+        from litestar.testing import TestClient as LitestarClient
+
+        return LitestarClient(Litestar([])).get("/").status_code
+
+    def quart_says() -> int:
+        from quart import Quart
+
+        async def ask() -> int:
+            return (await Quart(__name__).test_client().get("/")).status_code
+
+        return asyncio.run(ask())
+
+    says = {"litestar": litestar_says, "quart": quart_says}[name]
+    end = injection._PLACES[name](injection.teapot())
+    try:
+        assert says() == 418
+    finally:
+        end()
+    assert says() == 404
 
 
 def test_a_no_op_base_http_middleware_is_seen() -> None:
@@ -113,9 +183,10 @@ def results(folder: Path, name: str, *paths: str, cwd: Path | None = None) -> di
     out = folder / f"{name}.json"
     environment = {
         **os.environ, "INJECT": name, "RESULTS": str(out), "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": f"{Path(injection.__file__).parent}{os.pathsep}{ROOT}",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "injection", "-p", "no:cacheprovider", *paths]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "anyio", "-p", "injection", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(command, cwd=cwd or folder, env=environment, capture_output=True, text=True, timeout=120)
     assert out.exists(), done.stdout + done.stderr
     found: dict[str, str] = json.loads(out.read_text())

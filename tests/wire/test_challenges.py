@@ -55,6 +55,6 @@ def test_no_field_is_an_error(field):
 
 @pytest.mark.parametrize("piece", [b",", b'"', b'\\"', b"a=b,", b"Basic ", b"a ", b'x="\\', b'"\\'])
 def test_long_fields_take_linear_time(piece):
-    started = time.perf_counter()
+    started = time.thread_time()
     with_parameter(piece * 20_000, "scope", "a")
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1

@@ -138,13 +138,13 @@ def test_any_field_is_read_as_its_members_say(field, tag):
     ],
 )
 def test_hostile_fields_cost_little(field):
-    begun = time.perf_counter()
+    begun = time.thread_time()
     for _ in range(10):
         lists_weakly(field, b'""')
         lists_weakly(field[:8_190], b'"a"')
         lists_weakly(field[:8_190], b'","')
         parse_etags(field)
-    assert time.perf_counter() - begun < 0.5
+    assert time.thread_time() - begun < 0.5
 
 
 def test_a_field_beyond_any_real_one_is_not_read():

@@ -88,8 +88,8 @@ def test_nothing_in_a_query_ends_the_link(query):
 
 
 def test_hostile_queries_cost_little():
-    begun = time.perf_counter()
+    begun = time.thread_time()
     for query in (b"%" * 10_000, b"&" * 10_000, b";" * 10_000, b"a%4" * 3_000, b"<" * 10_000):
         query_without(query, lambda key, value: False)
         encode_path("/" + query.decode())
-    assert time.perf_counter() - begun < 0.5
+    assert time.thread_time() - begun < 0.5

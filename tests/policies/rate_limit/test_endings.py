@@ -99,10 +99,16 @@ async def run(store: Any, endings: list[Ending]) -> int:
     )
     waiting = iter(endings)
 
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await scope["ending"].app(scope, receive, send)
+
+    stack = PolicyStack(app, policies=[limit])
+
     async def worker() -> None:
         for ending in waiting:
-            stack = PolicyStack(ending.app, policies=[limit])
-            exchange = asyncio.create_task(drive(stack, "POST", "/run", on_send=ending.hear, raise_errors=False))
+            exchange = asyncio.create_task(
+                drive(stack, "POST", "/run", scope={"ending": ending}, on_send=ending.hear, raise_errors=False)
+            )
             if ending.kind == "cancel":
                 await asyncio.sleep(random.random() * 0.01)
                 exchange.cancel()

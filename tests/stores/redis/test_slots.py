@@ -145,10 +145,10 @@ def test_options_that_cannot_be_are_refused_and_no_secret_is_shown() -> None:
 
 async def test_the_heartbeat_keeps_what_lasts_longer_than_the_ttl(server: Any) -> None:
     async with slots_at(server) as slots:
-        slot = await taken(slots, ("alice", 1), ("route", 1), ttl=0.3)
+        slot = await taken(slots, ("alice", 1), ("route", 1), ttl=0.9)
         for _ in range(10):
-            await asyncio.sleep(0.1)
-            assert isinstance(await slots.take(claims(("alice", 1)), 0.3, NOW), Refusal)
+            await asyncio.sleep(0.2)
+            assert isinstance(await slots.take(claims(("alice", 1)), 0.9, NOW), Refusal)
         slots.give_back(slot)
         await taken(slots, ("alice", 1), ("route", 1))
 
@@ -181,8 +181,7 @@ async def test_a_process_that_is_idle_sends_nothing(server: Any) -> None:
         await asyncio.sleep(0.3)
         assert slots.link.counters.runs == before
         slot = await taken(slots, ("alice", 1), ttl=0.15)
-        await asyncio.sleep(0.3)
-        assert slots.link.counters.runs > before + 2, "it beats again"
+        await eventually(lambda: slots.link.counters.runs > before + 2)  # it beats again
         slots.give_back(slot)
 
 
@@ -405,7 +404,7 @@ async def test_four_processes_never_have_more_in_flight_than_the_limit(server: A
 
 
 async def test_what_a_killed_process_held_comes_free_after_the_ttl_and_not_before_it_dies(server: Any) -> None:
-    ttl = 0.6
+    ttl = 1.2
     process = worker(server, "hold", ttl)
     try:
         assert process.stdout is not None
@@ -418,9 +417,11 @@ async def test_what_a_killed_process_held_comes_free_after_the_ttl_and_not_befor
             os.kill(process.pid, signal.SIGKILL)
             killed = time.monotonic()
             assert isinstance(await slots.take(claims(("alice", 3)), ttl, NOW), Refusal)
+            asked = killed
             while isinstance(slot := await slots.take(claims(("alice", 3)), ttl, NOW), Refusal):
-                assert time.monotonic() - killed < ttl + 0.2
+                assert asked - killed < ttl + 0.2
                 await asyncio.sleep(0.01)
+                asked = time.monotonic()
             assert slot.in_flight == (1,)
             assert time.monotonic() - killed > ttl / 3, "its last heartbeat was at most a third of that ago"
     finally:

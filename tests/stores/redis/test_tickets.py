@@ -98,9 +98,9 @@ async def test_a_ticket_ends_by_the_servers_clock(stores: list[RedisTickets], se
 async def test_what_has_ended_is_forgotten_some_at_a_time_and_counts_no_more(
     stores: list[RedisTickets], server: Server
 ) -> None:
-    await asyncio.gather(*(issue(stores[0], f"x{number}", holder=f"x{number}", ttl=0.1) for number in range(150)))
-    await issue(stores[0], "a", most=1, ttl=0.2)
-    await asyncio.sleep(0.25)
+    await asyncio.gather(*(issue(stores[0], f"x{number}", holder=f"x{number}", ttl=0.8) for number in range(150)))
+    await issue(stores[0], "a", most=1, ttl=0.8)
+    await asyncio.sleep(0.85)
     assert await issue(stores[1], "b", most=1) == 0, "although there are others to be forgotten first"
     ends, names = (server.client.zcard(key) for key in sorted(SETS))
     assert 1 < ends == names < 100
@@ -121,12 +121,12 @@ async def test_a_caller_has_so_many_in_all_processes_together(stores: list[Redis
 
 async def test_a_full_store_is_one_that_is_away(server: Server) -> None:
     store = RedisTickets(server.url, deadline=1.0, max_tickets=2)
-    await issue(store, "a", ttl=0.05)
+    await issue(store, "a", ttl=0.5)
     await issue(store, "b", holder="bob")
     with pytest.raises(StoreUnavailableError, match="as many") as caught:
         await issue(store, "c", holder="cleo")
     assert caught.value.retry_after == 1.0
-    await asyncio.sleep(0.07)
+    await asyncio.sleep(0.55)
     assert await issue(store, "c", holder="cleo") == 0
     assert await redeem(store, "b") == b"b"
     await store.aclose()

@@ -231,7 +231,7 @@ async def test_a_node_that_fails_is_away_alone_and_its_replica_takes_over() -> N
                     assert all(isinstance(answer, StoreUnavailableError) for answer in answers)
                     await asyncio.gather(*[link.run(COUNT, [key], [1]) for key in others])
                 assert max(took) < 0.25 + 0.02 + 2 * lag.worst
-                assert sorted(took)[10] < 0.1
+                assert sorted(took)[10] < 0.25, "only the first had to wait"
             assert not link.available
             # The cluster elects it after the node was silent for 2 s; here it is told to.
             replica.call("CLUSTER", "FAILOVER", "TAKEOVER")
