@@ -61,7 +61,7 @@ class PolicyStack:
 
     Options:
         policies: policy instances, outermost first. An empty stack calls the application straight.
-        clock: where time comes from (default: the machine's).
+        clock: where time comes from (default: that of the stack it is directly around, else the machine's).
         tags: what the tags of FastAPI's endpoints mean, for those that say nothing else; see `sigil_policy.core.marks`
             (default: nothing).
         strict_routes: answer 500 where another endpoint ran than the one that was found before, whose marks were
@@ -76,7 +76,7 @@ class PolicyStack:
         app: Any,
         policies: Iterable[Policy] = (),
         *,
-        clock: Clock = SYSTEM_CLOCK,
+        clock: Clock | None = None,
         tags: Mapping[str, Marks] | None = None,
         strict_routes: bool = False,
         finish_timeout: float = 5.0,
@@ -99,10 +99,11 @@ class PolicyStack:
         strict = strict_routes
         if isinstance(app, PolicyStack):
             meanings, strict = {**app.tags, **meanings}, strict or app.strict_routes
+            clock = app.clock if clock is None else clock
             placed, app = placed + app.policies, app.app
         self.app: App = app
         self.policies: tuple[Policy, ...] = placed
-        self.clock = clock
+        self.clock: Clock = SYSTEM_CLOCK if clock is None else clock
         self.finish_timeout = finish_timeout
         self.gives = frozenset(fact for policy in placed for fact in policy.gives)
         self.missing = check_order(placed)

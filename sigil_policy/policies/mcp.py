@@ -198,7 +198,7 @@ class McpTools(Policy):
 
     paths: Annotated[Listed[str], Field(min_length=1)] = ("/**",)
     """Routes of the MCP endpoint (default: all). Name it only where the application has other routes that take a
-    body: what is not covered is not judged here."""
+    body: what is not covered is not judged here, but for paths with a dot segment, which may lead anywhere."""
 
     exempt: Listed[str] = ()
     """Routes among them that are no part of it, such as `"GET /health"` (default: none)."""

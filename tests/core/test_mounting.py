@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from sigil_policy.core.clock import SYSTEM_CLOCK
 from sigil_policy.core.exchange import Exchange, Head, current_exchange, get_exchange
 from sigil_policy.core.facts import Principal
 from sigil_policy.core.ordering import PolicyOrderError
@@ -204,12 +205,16 @@ async def test_middleware_given_to_the_constructor_fuses_too() -> None:
     assert names(stack) == ["outer", "inner"]
 
 
-def test_a_fused_stack_keeps_the_clock_of_the_outermost() -> None:
+def test_a_fused_stack_has_the_clock_of_the_outermost_that_names_one() -> None:
     clock = FrozenClock()
     stack = PolicyStack(PolicyStack(PolicyStack(ok, [Mark(name="c")]), [Mark(name="b")]), [Mark(name="a")], clock=clock)
     assert names(stack) == ["a", "b", "c"]
     assert stack.app is ok
     assert stack.clock is clock
+    other = FrozenClock()
+    assert PolicyStack(stack, [Mark(name="d")], clock=other).clock is other
+    assert PolicyStack(stack, [Mark(name="d")]).clock is clock, "who says nothing of it changes none"
+    assert PolicyStack(ok, [Mark(name="d")]).clock is SYSTEM_CLOCK
 
 
 async def test_fusing_leaves_the_inner_stack_usable_on_its_own() -> None:
