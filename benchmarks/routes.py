@@ -5,7 +5,7 @@ the matcher. `uniform` asks for every route as often as for any other, which no 
 the time that the processor waits for memory.
 
 `resolve` is the endpoint of a FastAPI application with 200 routes in included routers, found before its router runs:
-the same walk, along what was found before.
+the same walk, along what was found before. `fresh` is what sees, at each exchange, that no route has changed meanwhile.
 """
 
 import random
@@ -23,11 +23,11 @@ ASKED = 10
 
 def run(smoke: bool = False) -> dict[str, Any]:
     """Keys: `us_10`, `us_1000`, `us_10000` (µs per match) and `ratio` (10,000 to 10); `uniform_us_10000` and
-    `uniform_ratio` the same with every route asked for; `resolve_us` (µs to find the endpoint of a FastAPI application)
-    and `resolve_ratio` (to a match among 10)."""
+    `uniform_ratio` the same with every route asked for; `resolve_us` (µs to find the endpoint of a FastAPI application),
+    `resolve_ratio` (to a match among 10) and `fresh_us` (to see that 21 routers still have the routes that were read)."""
     matchers = {size: _matcher(size) for size in SIZES}
     blocks = {str(size): _matches(matchers[size], list(range(0, size, size // ASKED))) for size in SIZES}
-    blocks["resolve"] = _resolves()
+    blocks["resolve"], blocks["fresh"] = _resolves()
     blocks["uniform"] = _matches(matchers[10_000], list(range(10_000)))
     samples = measure(blocks, rounds=rounds_for(smoke, 201))
     return {
@@ -36,6 +36,7 @@ def run(smoke: bool = False) -> dict[str, Any]:
         "uniform_us_10000": samples.cost("uniform"),
         "uniform_ratio": samples.ratio("uniform", to="10"),
         "resolve_us": samples.cost("resolve"),
+        "fresh_us": samples.cost("fresh"),
         "resolve_ratio": samples.ratio("resolve", to="10"),
     }
 
@@ -64,7 +65,8 @@ def _matches(matcher: RouteMatcher, routes: list[int]) -> Block:
     return calls(match, paths)
 
 
-def _resolves() -> Block:
+def _resolves() -> tuple[Block, Block]:
+    """To find an endpoint, and to see that the routes are those that were read."""
     app = FastAPI()
     for number in range(20):
         router = APIRouter(prefix=f"/v7/kind{number}")
@@ -85,4 +87,4 @@ def _resolves() -> Block:
             found = host.find({"type": "http", "method": "GET", "path": f"/v7/kind{kind}/agent/part{part}"})
             if found is None or found.template != f"/v7/kind{kind}/{{name}}/part{part}":
                 raise RuntimeError(f"part {part} of kind {kind} was not found: {found}")
-    return calls(host.find, scopes)
+    return calls(host.find, scopes), calls(lambda _: host.marked(), scopes)
