@@ -23,8 +23,8 @@ ASKED = 10
 
 def run(smoke: bool = False) -> dict[str, Any]:
     """Keys: `us_10`, `us_1000`, `us_10000` (µs per match) and `ratio` (10,000 to 10); `uniform_us_10000` and
-    `uniform_ratio` the same with every route asked for; `resolve_us` (µs to find the endpoint of a FastAPI application),
-    `resolve_ratio` (to a match among 10) and `fresh_us` (to see that 21 routers still have the routes that were read)."""
+    `uniform_ratio` the same with every route asked for; `resolve_us` (µs to find the endpoint of a FastAPI
+    application), `resolve_ratio` (to a match among 10) and `fresh_us` (to see that its 21 routers are as they were)."""
     matchers = {size: _matcher(size) for size in SIZES}
     blocks = {str(size): _matches(matchers[size], list(range(0, size, size // ASKED))) for size in SIZES}
     blocks["resolve"], blocks["fresh"] = _resolves()
