@@ -48,6 +48,19 @@ class Resolution:
         self.own = own
         self.behind = behind
 
+    def within(self, mount: "Resolution") -> "Resolution":
+        """The same endpoint, with what `mount`, where its application is mounted, says of all that is in it."""
+        marks = mount.marks if self.marks is None else self.marks.over(mount.marks)
+        return Resolution(
+            self.endpoint,
+            self.template,
+            marks,
+            self.own | mount.own,
+            behind=self.behind,
+            speaker=self.speaker,
+            label=self.label,
+        )
+
     @property
     def name(self) -> str:
         """Names the endpoint among all of the application, in every process: for counters."""

@@ -145,6 +145,7 @@ class PolicyStack:
         inner = tuple(self.host.inner_policies())
         self.understood = frozenset(name for policy in (*self.policies, *inner) for name in policy.marks)
         self.marked: dict[Any, Any] = {}
+        self.mounted: dict[tuple[Resolution, Resolution], Resolution] = {}
         self.resources = [resource for policy in self.policies for resource in policy.resources()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -232,10 +233,29 @@ class PolicyStack:
             method = ex.method if ex.method != "WEBSOCKET" or ex.kind == "websocket" else ""
             found = self.matcher.match(method, self.host.path(scope))
         if marked:
-            resolution = ex._resolution = ex._resolution or self.host.find(scope)  # noqa: SLF001
+            resolution = self._resolve(ex, scope)
             if resolution is not None and resolution.marks is not None:
                 found = self._marked(found, resolution, resolution.marks, ex)
         ex._rules = {**ex._rules, **found} if ex._rules else found  # noqa: SLF001
+
+    def _resolve(self, ex: Exchange, scope: Scope) -> Resolution | None:
+        """The endpoint, as the outermost stack that could see it has found it: that one knows what is said around it.
+
+        What such a stack cannot read is mounted as a whole; a stack in there finds the endpoint, and the mount speaks
+        for it where it says nothing itself.
+        """
+        outer, found = ex._resolution, self.host.find(scope)  # noqa: SLF001
+        if outer is None:
+            ex._resolution = found  # noqa: SLF001
+            return found
+        if found is None or found.endpoint is outer.endpoint:
+            return outer
+        both = self.mounted.get((outer, found))
+        if both is None:
+            if len(self.mounted) > _MOST_MARKED:
+                self.mounted.clear()
+            both = self.mounted[outer, found] = found.within(outer)
+        return both
 
     def _marked(
         self, found: Mapping[int, Any], resolution: Resolution, marks: Marks, ex: Exchange

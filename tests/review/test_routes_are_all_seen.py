@@ -33,6 +33,7 @@ from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.rate_limit import RateLimit, Tier
 from sigil_policy.policies.request_id import RequestID
 from sigil_policy.policies.scopes import Scopes
+from sigil_policy.policies.timeout import Timeout
 from sigil_policy.testing import FrozenClock, drive
 
 pytestmark = pytest.mark.anyio
@@ -455,6 +456,35 @@ async def test_an_application_mounted_in_litestar_keeps_its_marks() -> None:
 
     stack = guarded(litestar.Litestar([open_, mounted], openapi_config=None), strict_routes=True)
     assert await is_closed(stack, "/m/x")
+    assert stack.mismatches == 0
+
+
+async def test_a_marked_mount_and_the_endpoints_of_the_application_in_it_are_both_heard() -> None:
+    @litestar.get("/inner", sync_to_thread=False)
+    @policy(scopes="inner")
+    def inner() -> str:
+        return "inner"
+
+    @litestar.get("/quick", sync_to_thread=False)
+    @policy(timeout=5)
+    def quick() -> str:
+        return "quick"
+
+    @litestar.get("/plain", sync_to_thread=False)
+    def plain() -> str:
+        return "plain"
+
+    foreign = PolicyStack(litestar.Litestar([inner, quick, plain], openapi_config=None), [Timeout(), Scopes()])
+    stack = guarded(Starlette(routes=[policy(scopes="area")(Mount("/m", app=Passing(foreign)))]))
+    asked = {
+        (path, scopes): await status(stack, f"/m/{path}", scopes)
+        for path in ("inner", "quick", "plain")
+        for scopes in ("", "inner", "area", "area inner")
+    }
+    assert asked == {
+        (path, scopes): 200 if "area" in scopes and (path != "inner" or "inner" in scopes) else 403
+        for path, scopes in asked
+    }
     assert stack.mismatches == 0
 
 
