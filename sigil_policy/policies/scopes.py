@@ -40,6 +40,7 @@ from copy import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
+import structlog
 from pydantic import Field, field_validator, model_validator
 
 from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT, http_problem
@@ -63,6 +64,8 @@ from sigil_policy.identity.requirements import (
     scopes_of,
 )
 from sigil_policy.wire.authorization import challenge
+
+logger = structlog.get_logger("sigil_policy")
 
 __all__ = ["AllOf", "AnyOf", "Scopes"]
 
@@ -133,13 +136,19 @@ class Scopes(Policy):
         return self._table
 
     def marked(self, marks: Marks, rule: Any, resolution: Resolution) -> Any:
-        if rule is not None:
-            return rule
+        said: Requirement | Public | None = None
         if marks.public:
-            return Public(resolution.template or "")
-        if marks.any_scope is not None:
-            return AnyOf(*marks.any_scope)
-        return None if marks.scopes is None else AllOf(*marks.scopes)
+            said = Public(resolution.template or "")
+        elif marks.any_scope is not None:
+            said = AnyOf(*marks.any_scope)
+        elif marks.scopes is not None:
+            said = AllOf(*marks.scopes)
+        if rule is None:
+            return said
+        if isinstance(said, Requirement) and said != rule:
+            # The table holds, and who wrote `/v7/**` may not have meant what is marked below it: said once for each.
+            logger.warning("scopes_mark_overridden", route=resolution.name, mark=str(said), table=str(rule))
+        return rule
 
     def describe(self, operation: Operation, rule: Requirement | Public | None) -> None:
         if isinstance(rule, Public):

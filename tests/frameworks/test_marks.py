@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import anyio
 import pytest
+import structlog
 from fastapi import APIRouter, Depends, FastAPI, Security, WebSocket
 from fastapi.security import OAuth2PasswordBearer, SecurityScopes
 from starlette.applications import Starlette
@@ -196,6 +197,25 @@ async def test_a_websocket_obeys_what_is_said_of_it() -> None:
     app = mounted(guarded(), Scopes(), tags={"internal": policy(scopes="internal")})
     for scopes, status in ((None, 401), ("a", 403), ("admin:all", 101)):
         assert await ask(app, "/admin/below/ws", scopes, "WEBSOCKET", kind="websocket") == status
+
+
+async def test_a_table_that_opens_what_an_endpoint_closes_is_told_of_once() -> None:
+    @policy(scopes="admin")
+    async def closed(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("closed")
+
+    @policy(scopes="read")
+    async def same(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("same")
+
+    app = Starlette(routes=[Route("/v7/closed", closed), Route("/v7/same", same)])
+    mounted(app, Scopes(routes={"/v7/**": "read"}))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            assert [await ask(app, f"/v7/{name}", "read") for name in ("closed", "same")] == [200, 200]
+    (told,) = logs
+    assert (told["event"], told["log_level"]) == ("scopes_mark_overridden", "warning")
+    assert "/v7/closed" in told["route"] and "admin" in told["mark"] and "read" in told["table"]
 
 
 async def test_tables_are_stronger_than_endpoints() -> None:
