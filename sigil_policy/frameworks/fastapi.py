@@ -4,9 +4,9 @@
     async def agents(caller: CurrentPrincipal, budget: Budget) -> list[Agent]: ...
 
     @app.post("/v7/agents/{name}/run")
-    async def run(caller: Annotated[Principal, require_scopes("agents:execute")], report: ReportTokens) -> Run:
+    async def run(caller: Annotated[Principal, require_scopes("agents:execute")], usage: TokenUsage) -> Run:
         answer = await model(caller.subject)
-        report(input_tokens=answer.read, output_tokens=answer.written)
+        usage.report(input_tokens=answer.read, output_tokens=answer.written)
 
 They read what the stack in front of the application has found, and verify nothing a second time:
 
@@ -15,8 +15,11 @@ They read what the stack in front of the application has found, and verify nothi
 * `require_scopes(...)`: FastAPI's `Security(current_principal, scopes=[...])`. A caller without them is answered 403
   `AUTH_004`; the superscope of `Scopes` opens it as it opens all. Where `Scopes` is mounted it knows these scopes from
   the route, and has answered before the body was read;
-* `CurrentRequestID`: the id of this exchange; `Budget`: the `Quota`, without windows where nothing is counted;
-* `ReportTokens`: `report_tokens` for this exchange.
+* `RequestID`: the id of this exchange; `Budget`: the `Quota`, without windows where nothing is counted;
+* `TokenUsage`: where the endpoint tells which tokens it has used.
+
+(The policy `RequestID` and the fact `TokenUsage`, of which these two speak, are `sigil_policy.RequestID` and
+`sigil_policy.TokenUsage`.)
 
 They close, never open: without a stack in front, or one that lacks the policy they read from, they raise
 `PolicyMissingError`, which is logged and answered with 500. On a WebSocket a refusal is a close code.
@@ -26,8 +29,7 @@ with scopes; `enrich_openapi` makes of them what the policies really take.
 """
 
 import logging
-from functools import partial
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import Depends, Security, WebSocketException
 from fastapi.exceptions import HTTPException
@@ -38,7 +40,8 @@ from starlette.requests import HTTPConnection
 
 from sigil_policy.core.catalogue import CREDENTIALS_MISSING, SCOPE_INSUFFICIENT
 from sigil_policy.core.exchange import Exchange, get_exchange, report_tokens
-from sigil_policy.core.facts import Correlation, Principal, Quota, TokenUsage
+from sigil_policy.core.facts import Correlation, Principal, Quota
+from sigil_policy.core.facts import TokenUsage as Tokens
 from sigil_policy.core.problems import DEFAULT_STYLE, Problem, close_code
 from sigil_policy.frameworks.openapi import OWN_SCHEMES
 from sigil_policy.identity.challenges import Challenges, challenge_line
@@ -203,25 +206,39 @@ async def current_budget(connection: HTTPConnection) -> Quota:
     return Quota("", tuple) if found is None else found
 
 
-class Report(Protocol):
-    """`report_tokens` for one exchange."""
+class Usage:
+    """What an exchange has used, as its endpoint tells it.
 
-    def __call__(
-        self, *, input_tokens: int = 0, output_tokens: int = 0, total_tokens: int | None = None
-    ) -> TokenUsage: ...
+    usage.report(input_tokens=120, output_tokens=48)
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: HTTPConnection) -> None:
+        self._connection = connection
+
+    def report(self, *, input_tokens: int = 0, output_tokens: int = 0, total_tokens: int | None = None) -> Tokens:
+        """Add to what was told before, as `report_tokens` does; the sum."""
+        told = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+        return report_tokens(self._connection, **told, total_tokens=total_tokens)
+
+    @property
+    def so_far(self) -> Tokens:
+        """The sum of what was told until now."""
+        return get_exchange(self._connection).get(Tokens) or Tokens()
 
 
-async def token_report(connection: HTTPConnection) -> Report:
-    """Tells the stack what was used: `report(input_tokens=120, output_tokens=48)`."""
+async def current_usage(connection: HTTPConnection) -> Usage:
+    """For an endpoint to tell what it uses."""
     _exchange(connection, Exchange, "one")
-    return partial(report_tokens, connection)
+    return Usage(connection)
 
 
-CurrentRequestID = Annotated[str, Depends(current_request_id)]
-"""The id of this exchange."""
+RequestID = Annotated[str, Depends(current_request_id)]
+"""The id of this exchange, which the policy of the same name gives."""
 
 Budget = Annotated[Quota, Depends(current_budget)]
 """What the caller may still do."""
 
-ReportTokens = Annotated[Report, Depends(token_report)]
-"""Tells the stack what was used."""
+TokenUsage = Annotated[Usage, Depends(current_usage)]
+"""Where the endpoint tells which tokens it has used."""

@@ -12,15 +12,14 @@ from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal, TokenUsage
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import PolicyStack
+from sigil_policy.frameworks import fastapi as parameters
 from sigil_policy.frameworks.fastapi import (
     ApiKey,
     BearerToken,
     Budget,
     CurrentPrincipal,
-    CurrentRequestID,
     OptionalPrincipal,
     PolicyMissingError,
-    ReportTokens,
     current_principal,
     require_scopes,
 )
@@ -75,7 +74,7 @@ def service() -> FastAPI:
         return [token is not None, key is not None]
 
     @app.get("/id")
-    async def id_(request_id: CurrentRequestID) -> str:
+    async def id_(request_id: parameters.RequestID) -> str:
         return request_id
 
     @app.get("/budget")
@@ -83,9 +82,10 @@ def service() -> FastAPI:
         return [quota.tier, *(window.name for window in quota.requests)]
 
     @app.post("/spend")
-    async def spend(report: ReportTokens) -> int:
-        report(input_tokens=2)
-        return report(output_tokens=3).total_tokens
+    async def spend(usage: parameters.TokenUsage) -> list[int]:
+        before = usage.so_far.total_tokens
+        usage.report(input_tokens=2)
+        return [before, usage.report(output_tokens=3).total_tokens, usage.so_far.input_tokens]
 
     @app.websocket("/ws")
     async def ws(websocket: WebSocket, caller: Annotated[Principal, require_scopes("agents:read")]) -> None:
@@ -217,7 +217,7 @@ async def test_what_is_reported_is_known_to_the_stack() -> None:
 
     tier = Tier(requests="10/minute", tokens=100)
     sent = await ask(mounted(Watch(), RateLimit(tiers={"free": tier}, tokens={"/spend": 5})), "/spend", method="POST")
-    assert sent.json() == 5
+    assert sent.json() == [0, 5, 2]
     assert known == [TokenUsage(2, 3, 5)]
     assert sent.header("x-tokens-used") == "5"
 
