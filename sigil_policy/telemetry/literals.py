@@ -34,10 +34,10 @@ def end_of_quoted(text: str, start: int, escapes: int, quote: str) -> int:
     return len(text) if found is None else found.start()
 
 
-def end_of_brackets(text: str, start: int) -> int:
-    """What is behind the bracket that closes the one at `start`; those inside of quotes do not count."""
+def end_of_brackets(text: str, start: int, depth: int = 0) -> int:
+    """What is behind the bracket that closes the one at `start`, or the outermost of `depth` that are open there;
+    those inside of quotes do not count."""
     escaped = _FIRST_QUOTE.match(text, start)
-    depth = 0
     for found in _nested(len(escaped[1]) if escaped is not None else 0).finditer(text, start):
         mark = found[0]
         if mark in "[{(":
