@@ -105,6 +105,26 @@ class Head:
         return f"Head({self.status}, {[name.decode('latin-1') for name, _ in self.headers]})"
 
 
+class Inlet:
+    """What the application of an inner stack hears, behind a middleware that has a `receive` of its own.
+
+    That one may have read the body already, or hand it on otherwise than it came: in there, it is the body.
+    """
+
+    __slots__ = ("receive", "replay")
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive = receive
+        self.replay: Message | None = None
+
+    async def hear(self) -> Message:
+        replay = self.replay
+        if replay is None:
+            return await self.receive()
+        self.replay = None
+        return replay
+
+
 def _are_lower_case(names: Iterable[bytes]) -> bool:
     """Whether no name has an upper-case letter. Names that were seen once are remembered, up to a bound."""
     for name in names:
@@ -129,8 +149,8 @@ class Exchange(dict[type, Any]):
 
     # Slots: making one costs half as much as with an instance dictionary.
     __slots__ = (
-        "__weakref__", "_closing", "_ended", "_given", "_notes", "_outer_scope", "_receive", "_replay",
-        "_resolution", "_root", "_rules", "_scope", "_understood", "clock", "done", "error", "finished",
+        "__weakref__", "_closing", "_ended", "_given", "_inlet", "_notes", "_outer_scope", "_receive", "_replay",
+        "_resolution", "_root", "_rules", "_said", "_scope", "_understood", "clock", "done", "error", "finished",
         "first_byte", "gone", "headers", "host", "kind", "last_byte", "method", "path", "principal", "query",
         "refused_by", "repeated", "sent_bytes", "started", "started_monotonic", "status", "style",
     )  # fmt: skip
@@ -147,10 +167,13 @@ class Exchange(dict[type, Any]):
         self.repeated: Mapping[bytes, tuple[bytes, ...]] = _NONE_REPEATED
         self._rules: Mapping[int, Any] = _NO_RULES
         self._replay: Message | None = None
+        self._inlet: Inlet | None = None
         self._closing: Message | None = None
         self._given: frozenset[type] = _NO_FACTS
         self._understood: frozenset[str] = _NO_NAMES
+        # What the outermost stack has found, and with it what the stacks around the code that runs have found.
         self._resolution: Resolution | None = None
+        self._said: Resolution | None = None
         self._scope = self._outer_scope = scope
         self._receive = receive
         self._notes: dict[int, Any] = {}
@@ -294,31 +317,44 @@ class Exchange(dict[type, Any]):
         """
         if self.kind != "http":
             raise TypeError("a WebSocket has no request body; look at ex.kind before you ask for one")
+        inlet = self._inlet
+        replay, receive = (self._replay, self._receive) if inlet is None else (inlet.replay, inlet.receive)
         length = self.headers.get(b"content-length", b"")
-        if length.isdigit() and len(length) < 20 and int(length) > limit and self._replay is None:
+        if length.isdigit() and len(length) < 20 and int(length) > limit and replay is None:
             raise BodyTooLargeError(f"the request body is over {limit} bytes")
-        parts: list[bytes] = []
-        size = 0
+        body = b""
+        # One buffer: a client that sends it in a million parts, or in empty ones, costs no more than its bytes.
+        parts: bytearray | None = None
         more = True
-        replay = self._replay
         if replay is not None and replay["type"] == "http.request":
-            parts.append(replay["body"])
-            size, more = len(parts[0]), replay["more_body"]
-        while more and size <= limit:
-            message = replay if replay is not None and replay["type"] != "http.request" else await self._receive()
+            body, more = replay["body"], replay["more_body"]
+        while more and len(body if parts is None else parts) <= limit:
+            message = replay if replay is not None and replay["type"] != "http.request" else await receive()
             if message["type"] != "http.request":
-                self._replay = message
+                self._keep_body(message)
                 self.gone = self.gone or not self.done
                 raise ConnectionError("the client left before the request body was complete")
             part = message.get("body", b"")
-            size += len(part)
-            parts.append(part)
+            if not body:  # it nearly always comes at once
+                body = part
+            elif part:
+                if parts is None:
+                    parts = bytearray(body)
+                parts += part
             more = message.get("more_body", False)
-        body = b"".join(parts)
-        self._replay = {"type": "http.request", "body": body, "more_body": more}
-        if size > limit:
+        if parts is not None or type(body) is not bytes:
+            body = bytes(body if parts is None else parts)
+        self._keep_body({"type": "http.request", "body": body, "more_body": more})
+        if len(body) > limit:
             raise BodyTooLargeError(f"the request body is over {limit} bytes")
         return body
+
+    def _keep_body(self, message: Message) -> None:
+        """What the application hears next: all that was read."""
+        if self._inlet is None:
+            self._replay = message
+        else:
+            self._inlet.replay = message
 
     @property
     def route(self) -> str | None:

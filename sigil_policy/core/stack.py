@@ -13,7 +13,7 @@ from copy import copy
 from typing import Any
 
 from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
-from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Message, Receive
+from sigil_policy.core.exchange import _CURRENT, SCOPE_KEY, Exchange, Inlet, Message, Receive
 from sigil_policy.core.host import Resolution, find_host
 from sigil_policy.core.marks import Marks, marks_of
 from sigil_policy.core.ordering import PolicyOrderError, check_order, missing_text
@@ -161,6 +161,11 @@ class PolicyStack:
             scope[SCOPE_KEY] = ex
             token = _CURRENT.set(ex)
             receive = ex._hear  # noqa: SLF001
+        else:
+            outside = ex._inlet, ex._said  # noqa: SLF001
+            if kind == "http" and receive != (ex._hear if outside[0] is None else outside[0].hear):  # noqa: SLF001
+                ex._inlet = inlet = Inlet(receive)  # noqa: SLF001
+                receive = inlet.hear
         passing = Pass(self, ex, scope, send, outermost)
         error: BaseException | None = None
         origin = 0
@@ -169,7 +174,7 @@ class PolicyStack:
                 self._join(ex, scope)
             else:
                 ex._given = self.gives  # noqa: SLF001
-            passing.marked = self.host.marked()
+            passing.marked = self.host.marked() or ex._said is not None  # noqa: SLF001  what a mount says
             if self.matcher is not None or passing.marked:
                 self._match(ex, scope, passing.marked)
             for origin, on_request, around in self.entries:
@@ -217,6 +222,8 @@ class PolicyStack:
                     _CURRENT.reset(token)
                 except ValueError:
                     pass  # closed from another context, as an interrupted event loop does
+            else:
+                ex._inlet, ex._said = outside  # noqa: SLF001
 
     def _join(self, ex: Exchange, scope: Scope) -> None:
         """Take part in an exchange that stacks outside have made, or say what they have not given."""
@@ -244,17 +251,20 @@ class PolicyStack:
         What such a stack cannot read is mounted as a whole; a stack in there finds the endpoint, and the mount speaks
         for it where it says nothing itself.
         """
-        outer, found = ex._resolution, self.host.find(scope)  # noqa: SLF001
+        outer, found = ex._said, self.host.find(scope)  # noqa: SLF001
         if outer is None:
-            ex._resolution = found  # noqa: SLF001
+            ex._resolution = ex._said = found  # noqa: SLF001
             return found
-        if found is None or found.endpoint is outer.endpoint:
+        if found is None or found.endpoint is outer.endpoint or found.endpoint == outer.endpoint:
             return outer
+        # Policies outside understand such marks, but have not seen these.
+        ex._understood -= found.own  # noqa: SLF001
         both = self.mounted.get((outer, found))
         if both is None:
             if len(self.mounted) > _MOST_MARKED:
                 self.mounted.clear()
             both = self.mounted[outer, found] = found.within(outer)
+        ex._said = both  # noqa: SLF001
         return both
 
     def _marked(
@@ -281,14 +291,15 @@ class PolicyStack:
     def confirm(self, ex: Exchange) -> None:
         """The application begins to answer: was it the endpoint whose marks were applied?"""
         endpoint = self.host.ran(ex.scope)
-        if endpoint is None:
+        if endpoint is None or ex.refused_by is not None:  # a policy further in has answered
             return
         resolution = ex._resolution  # noqa: SLF001
         expected = None if resolution is None else resolution.endpoint
-        if endpoint is expected or endpoint == expected:
-            if resolution is not None and not resolution.own <= ex._understood:  # noqa: SLF001
-                raise MarksIgnoredError(resolution, resolution.own - ex._understood)  # noqa: SLF001
-            return
+        for known in (ex._said, resolution):  # noqa: SLF001
+            if known is not None and (endpoint is known.endpoint or endpoint == known.endpoint):
+                if not known.own <= ex._understood:  # noqa: SLF001
+                    raise MarksIgnoredError(known, known.own - ex._understood)  # noqa: SLF001
+                return
         marks = marks_of(endpoint, ex.method)
         if expected is None and not marks:
             return
@@ -296,8 +307,8 @@ class PolicyStack:
         logger.error("%s was served by %r, but policies were chosen for %r", ex.method, endpoint, expected)
         if self.strict_routes:
             raise RouteMismatchError(f"another endpoint ran than the one that was found before: {endpoint!r}")
-        if marks is not None and not marks.names <= (known := self.understood | ex._understood):  # noqa: SLF001
-            raise MarksIgnoredError(Resolution(endpoint, ex.path), marks.names - known)
+        if marks is not None and not marks.names <= (heard := self.understood | ex._understood):  # noqa: SLF001
+            raise MarksIgnoredError(Resolution(endpoint, ex.path), marks.names - heard)
 
     def unserved(self, outside: Iterable[str] = ()) -> list[str]:
         """For each endpoint that carries marks which nobody here understands, a sentence that says what to mount."""

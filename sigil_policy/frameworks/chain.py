@@ -29,7 +29,9 @@ def chain(app: Any, is_known: Callable[[Any], bool] = lambda _: False) -> Iterat
         if isinstance(app, MethodType):
             app = app.__self__
         yield app
-        inner = getattr(app, "app", None)
+        inner = None
+        with suppress(Exception):  # a proxy outside of its context answers no question
+            inner = getattr(app, "app", None)
         if inner is None and not is_known(app):
             inner = _held(app, is_known)
         if isinstance(inner, MethodType) and inner.__self__ is app:
@@ -74,5 +76,11 @@ def _values(app: Any) -> list[Any]:
     held = [*getattr(app, "__dict__", {}).values()]
     for kind in type(app).__mro__:
         slots = getattr(kind, "__slots__", ())
-        held += [getattr(app, name, None) for name in ((slots,) if isinstance(slots, str) else slots)]
+        held += [getattr(app, _slot(kind, name), None) for name in ((slots,) if isinstance(slots, str) else slots)]
     return held[:_MOST_HELD]
+
+
+def _slot(kind: type, name: str) -> str:
+    """The attribute of a slot: a private name has that of its class in front."""
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{name}" if private else name

@@ -30,7 +30,6 @@ class Counted:
     """The faces of a policy, by tier and by the levels above a caller; `store` counts them all."""
 
     def __init__(self, limits: "RateLimit", store: LimitStore) -> None:
-        # Not the policy itself: a cycle would keep a store that nobody has any more.
         self._store = store
         self._name = limits.name
         self._prefix = "" if limits.name is None else f"{limits.name} "
