@@ -40,7 +40,7 @@ def served(app: Any) -> Any:
 
         async def hear() -> Any:
             nonlocal heard
-            if not heard:
+            if not heard or scope["type"] == "websocket":
                 heard = True
                 return await receive()
             await complete.wait()

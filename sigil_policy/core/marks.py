@@ -36,7 +36,10 @@ _marked = False
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """What was said; None is nothing. Call it with an endpoint, or a router, to say it there; see `policy`."""
+    """What was said; None is nothing. Call it with an endpoint, or a router, to say it there; see `policy`.
+
+    marks_of(run)       # Marks(scopes=("agents:execute",), cost=5, ...)
+    """
 
     scopes: tuple[str, ...] | None = None
     any_scope: tuple[str, ...] | None = None

@@ -32,7 +32,7 @@ from sigil_policy.core.clock import SYSTEM_CLOCK, Clock
 from sigil_policy.identity.api_keys import ApiKeyExistsError, ApiKeyRecord, ApiKeyUnknownError
 from sigil_policy.stores.revocations import MARGIN
 from sigil_policy.stores.slots import Claim, Refusal, Slot
-from sigil_policy.testing.stores import check_limit_store, holds, same, told
+from sigil_policy.testing.stores import at_once, awaited, check_limit_store, holds, same, told
 
 Kind = Literal["limits", "slots", "revocations", "tickets", "replays", "keys", "ledger"]
 MakeStore = Callable[[], Any]
@@ -82,7 +82,7 @@ class StoreTrial:
         return f"check:{self.run}:{text}"
 
     async def ask(self, given: Any) -> Any:
-        return await given if isawaitable(given) else given
+        return await awaited(given)
 
     def prompt(self, given: Any) -> Any:
         """An answer of a store that says whether it is remote."""
@@ -92,21 +92,11 @@ class StoreTrial:
         return given
 
     async def together(self, count: int, ask: Callable[[], Any]) -> list[Any]:
-        answers: list[Any] = []
-
-        async def one() -> None:
-            answers.append(await self.ask(ask()))
-
-        async with anyio.create_task_group() as tasks:
-            for _ in range(count):
-                tasks.start_soon(one)
-        return answers
+        return await at_once(count, ask)
 
     async def advance(self, seconds: float) -> None:
         assert self._advance is not None
-        moved = self._advance(seconds)
-        if isawaitable(moved):
-            await moved
+        await awaited(self._advance(seconds))
 
 
 class StoreCheck:
@@ -126,8 +116,7 @@ class StoreCheck:
     ) -> None:
         if self.timed and advance is None:
             raise TypeError(f"{self.name} needs advance=...; without, ask store_checks(timed=False)")
-        made = make_store()
-        store = await made if isawaitable(made) else made
+        store = await awaited(make_store())
         try:
             with told(self.name):
                 await self._run(StoreTrial(store, clock, advance))
@@ -162,8 +151,7 @@ async def check_store(
 
     Raises `AssertionError` at the first that fails, `TypeError` for what is no store.
     """
-    made = make_store()
-    store = await made if isawaitable(made) else made
+    store = await awaited(make_store())
     try:
         kind = store_kind(store)
         algorithms = tuple(getattr(store, "algorithms", ()))

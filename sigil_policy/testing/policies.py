@@ -195,7 +195,12 @@ async def check_policy(
     secrets: Iterable[str] = (),
     backends: Sequence[str] = ("asyncio", "trio"),
 ) -> None:
-    """Run every check; options as of `PolicyCheck`. Raises `AssertionError` at the first that fails."""
+    """Run every check.
+
+        await check_policy(Tenant(), outside=[BearerAuth(...)], headers={"authorization": "Bearer ..."})
+
+    Options as of `PolicyCheck`. Raises `AssertionError` at the first that fails.
+    """
     kept = list(secrets)
     for check in _CHECKS:
         try:

@@ -36,7 +36,11 @@ _LIFESPAN = "ASGI Lifespan"
 
 
 class ProtocolViolation(AssertionError):  # noqa: N818  what it is, rather than what became of it
-    """A message, a scope or an ending that ASGI forbids."""
+    """A message, a scope or an ending that ASGI forbids.
+
+    with pytest.raises(ProtocolViolation, match="http.response.start"):
+        await drive(validated(app))
+    """
 
 
 def validated(app: App, *, lower_case: bool = True) -> "Validated":

@@ -139,21 +139,11 @@ class Trial:
 
             with _impatient(), ThreadPoolExecutor(4) as threads:
                 return [answer for done in [threads.submit(some) for _ in range(4)] for answer in done.result()]
-        answers = []
-
-        async def one() -> None:
-            answers.append(await ask())
-
-        async with anyio.create_task_group() as tasks:
-            for _ in range(count):
-                tasks.start_soon(one)
-        return answers
+        return await at_once(count, ask)
 
     async def advance(self, seconds: float) -> None:
         assert self._advance is not None
-        moved = self._advance(seconds)
-        if isawaitable(moved):
-            await moved
+        await awaited(self._advance(seconds))
 
     async def next_window(self) -> None:
         """Wait until windows of `seconds` that are open now have ended, and a next one has just begun."""
@@ -162,7 +152,7 @@ class Trial:
 
     async def _answer(self, given: Any) -> Any:
         same(isawaitable(given), self.store.remote, "answers are awaitables iff the store is remote")
-        return await given if isawaitable(given) else given
+        return await awaited(given)
 
 
 class Check:
@@ -200,8 +190,7 @@ class Check:
         if self.timed and advance is None:
             raise TypeError(f"{self.name} needs advance=...; without, ask limit_store_checks(timed=False)")
         for last in (False, False, True):
-            made = make_store()
-            store = await made if isawaitable(made) else made
+            store = await awaited(make_store())
             trial = Trial(store, algorithm, clock, advance, seconds)
             try:
                 holds(algorithm in store.algorithms, f"{algorithm!r} is one of the store's {set(store.algorithms)}")
@@ -256,6 +245,24 @@ async def check_limit_store(
 def same(answered: object, promised: object, what: str) -> None:
     if answered != promised:
         raise AssertionError(f"{what}: answered {answered!r}, promised {promised!r}")
+
+
+async def awaited(given: Any) -> Any:
+    """What a store gave, awaited if need be."""
+    return await given if isawaitable(given) else given
+
+
+async def at_once(count: int, ask: Callable[[], Any]) -> list[Any]:
+    """The answers to `count` questions that are asked by as many tasks."""
+    answers: list[Any] = []
+
+    async def one() -> None:
+        answers.append(await awaited(ask()))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(count):
+            tasks.start_soon(one)
+    return answers
 
 
 def holds(it: bool, what: str) -> None:

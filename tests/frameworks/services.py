@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
 import jwt
 import pytest
 from pydantic import SecretStr
@@ -67,30 +66,6 @@ def boom() -> None:
 async def parts() -> AsyncIterator[bytes]:
     for part in (b"one ", b"two ", b"three"):
         yield part
-
-
-def served(app: Any) -> Any:
-    """As servers do it: once the response is complete, `receive` says that the client has gone."""
-
-    async def serve(scope: Any, receive: Any, send: Any) -> None:
-        heard, complete = False, anyio.Event()
-
-        async def hear() -> Any:
-            nonlocal heard
-            if not heard or scope["type"] == "websocket":
-                heard = True
-                return await receive()
-            await complete.wait()
-            return {"type": "http.disconnect"}
-
-        async def say(message: Any) -> None:
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                complete.set()
-
-        await app(scope, hear, say)
-
-    return serve
 
 
 # --- one function for each framework -------------------------------------------------------------------------------

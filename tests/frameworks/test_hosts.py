@@ -42,7 +42,7 @@ from sigil_policy.policies.request_id import RequestID
 from sigil_policy.policies.scopes import Scopes
 from sigil_policy.testing import FrozenClock, connect, drive
 from tests.frameworks.services import configured_django as django_app
-from tests.frameworks.services import served
+from tests.served import served
 
 pytestmark = pytest.mark.anyio
 

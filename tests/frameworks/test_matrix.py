@@ -12,7 +12,8 @@ import pytest
 
 from sigil_policy.testing import connect, drive
 from sigil_policy.testing.rules import broken_rules
-from tests.frameworks.services import PASSWORD, SERVICES, django_urls, served, token
+from tests.frameworks.services import PASSWORD, SERVICES, django_urls, token
+from tests.served import served
 
 pytestmark = pytest.mark.anyio
 
