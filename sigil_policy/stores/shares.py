@@ -112,6 +112,7 @@ class _Caller:
         "ahead",
         "asked",
         "fetch",
+        "first",
         "held",
         "key",
         "last",
@@ -136,8 +137,10 @@ class _Caller:
         # All windows are known before `valid` and `steady`, none is from `last` on.
         self.valid = self.steady = self.last = 0.0
         self.resets: tuple[float, ...] = ()
-        # What the store's clock is ahead of that of the requests, at most.
+        # What the store's clock is ahead of that of the requests, at most: it was read when a trip was half done.
         self.ahead = 0.0
+        # When the first window ends by the store's clock.
+        self.first = 0.0
         self.fetch: _Fetch | None = None
         # In the order in which they came.
         self.waiting: dict[_Wait, None] = {}
@@ -152,11 +155,13 @@ class _Caller:
         if now >= self.valid or steady >= self.steady:
             return None
         held = self.held
+        # No window has ended, whatever time the trip took that told of the store's clock.
+        at = min(now + self.ahead, self.first)
         if min(held) >= cost:
-            return self.spend(cost, now + self.ahead)
+            return self.spend(cost, at)
         # Without this request the store had less left than it needs, and nothing comes back before the window ends.
         short = [index for index, own in enumerate(held) if own < cost and own + self.told[index] < cost]
-        return self.refuse(short, now + self.ahead) if short else None
+        return self.refuse(short, at) if short else None
 
     def spend(self, cost: int, at: float) -> Decision:
         """Admit a request from what is held."""
@@ -214,7 +219,7 @@ class _Caller:
                 self.until[index] = 0.0
         self.ahead = answer.at - now
         self.valid, self.steady, self.last = min(self.until), min(self.until_steady), max(self.until)
-        self.resets = tuple(self.reset)
+        self.resets, self.first = tuple(self.reset), min(self.reset)
 
 
 class QuotaShares:
@@ -417,7 +422,7 @@ class QuotaShares:
             if decision.admitted:
                 # Meanwhile others may have spent what was held of the other windows, or those have ended.
                 if min(caller.held) >= cost and min(caller.until[: len(caller.held)]) > 0:
-                    return caller.spend(cost, decision.at)
+                    return caller.spend(cost, max(caller.asked))
                 continue
             left = decision.remaining[: len(missing)]
             if min(left) < cost:
