@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-NAMES = ("stack", "policies", "stream", "limits", "auth", "log", "routes", "server", "stores")
+NAMES = ("floors", "stack", "policies", "stream", "limits", "auth", "log", "routes", "server", "stores")
 
 TARGETS: dict[str, dict[str, tuple[str, float]]] = {
     "stack": {"ratio_to_base_http": ("<=", 0.25), "ratio_peers": (">=", 15)},
@@ -57,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Figure, target, reached; what a figure means is said by the `run` of its benchmark."""
+    """Figure, target, reached; what a figure means is said by the `run` of its benchmark.
+
+    Beside `floors`, a target in microseconds that was missed is compared with the figure at the targets' speed, too.
+    """
+    machine = results.get("floors", {}).get("machine")
     rows = [("figure", "value", "target", "reached"), ("", "", "", "")]
     notes = []
     for name, result in results.items():
@@ -73,6 +77,11 @@ def table(results: dict[str, Any]) -> str:
                 reached = "not measured"
             else:
                 reached = "yes" if _COMPARE[sign](value, wanted) else "no"
+                if reached == "no" and machine is not None and "us" in key.split("_"):
+                    there = value / machine
+                    reached += (
+                        f"; at the targets' speed {_shown(there)}: {'yes' if _COMPARE[sign](there, wanted) else 'no'}"
+                    )
             rows.append((f"{name}.{key}", _shown(value), target, reached))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     rows[1] = tuple("-" * width for width in widths)  # type: ignore[assignment]

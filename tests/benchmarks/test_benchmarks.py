@@ -12,6 +12,7 @@ from benchmarks.__main__ import NAMES, TARGETS, table
 ROOT = Path(__file__).parents[2]
 
 KEYS = {
+    "floors": {"machine", "factors"},
     "stack": {"stack_us", "base_http_us", "ratio_to_base_http", "peers_us", "ratio_peers", "per_policy_us", "notes"},
     "policies": {"pass_us", "alone_us"},
     "stream": {"fused_us", "nested_us"},
@@ -65,3 +66,19 @@ def test_the_table_says_whether_a_target_was_reached(ratio: float | None, answer
 
 def test_the_table_keeps_what_a_benchmark_has_to_say() -> None:
     assert table({"stack": {"stack_us": 12.5, "notes": ["peers skipped"]}}).endswith("stack: peers skipped")
+
+
+@pytest.mark.parametrize(
+    ("cached", "answer"),
+    [(3.0, "no; at the targets' speed 1.500: yes"), (6.0, "no; at the targets' speed 3.000: no")],
+    ids=str,
+)
+def test_beside_the_floors_a_figure_that_misses_its_target_is_shown_at_the_speed_of_the_targets(
+    cached: float, answer: str
+) -> None:
+    results = {"floors": {"machine": 2.0}, "auth": {"cached_us": cached}, "stack": {"ratio_to_base_http": 0.3}}
+    lines = table(results).splitlines()
+
+    assert lines[3].endswith(answer)
+    # A ratio is the same everywhere.
+    assert lines[4].endswith("  no")
