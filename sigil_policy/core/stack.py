@@ -168,6 +168,7 @@ class PolicyStack:
                 receive = inlet.hear
         passing = Pass(self, ex, scope, send, outermost)
         error: BaseException | None = None
+        unmatched: Exception | None = None
         origin = 0
         try:
             if self.missing or not outermost:
@@ -176,13 +177,18 @@ class PolicyStack:
                 ex._given = self.gives  # noqa: SLF001
             passing.marked = self.host.marked() or ex._said is not None  # noqa: SLF001  what a mount says
             if self.matcher is not None or passing.marked:
-                self._match(ex, scope, passing.marked)
+                try:
+                    self._match(ex, scope, passing.marked)
+                except Exception as raised:
+                    unmatched = raised
             for origin, on_request, around in self.entries:
                 if on_request is not None:
                     answer = on_request(ex)
                     if answer is not None:
                         answer = await settled(answer)
                         if answer is not None:
+                            if unmatched is not None:
+                                raise unmatched
                             # Seen by the policies outside only: never by this one's own hooks or `around`.
                             if answer.status >= 400 and ex.refused_by is None:
                                 ex.refused_by = self.layers[origin].name
@@ -195,6 +201,10 @@ class PolicyStack:
                         passing.arounds = {**passing.arounds, origin: context}
             else:
                 origin = self.depth
+                if unmatched is not None:
+                    # In the place of the application (or of a refusal, which did not know the rules), so that
+                    # policies see it: it has an id, is logged, and answered as a problem.
+                    raise unmatched
                 if self.watchers and kind == "websocket":
                     passing.socket = Socket(passing, self.watchers, receive)
                     receive = passing.socket.receive
@@ -215,7 +225,7 @@ class PolicyStack:
             if error is not None:
                 raise error
         finally:
-            del error  # else the exception and this frame would hold each other
+            del error, unmatched  # else an exception and this frame would hold each other
             if outermost:
                 ex.close()
                 try:  # noqa: SIM105  `suppress` costs half a microsecond

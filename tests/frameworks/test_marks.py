@@ -23,6 +23,7 @@ from sigil_policy.core.facts import Principal
 from sigil_policy.core.marks import Marks, marks_of, policy
 from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import MarksIgnoredError, PolicyStack, RouteMismatchError
+from sigil_policy.policies.access_log import AccessLog
 from sigil_policy.policies.cache_control import CacheControl, CacheRule
 from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.rate_limit import RateLimit, Tier
@@ -30,7 +31,7 @@ from sigil_policy.policies.request_id import RequestID
 from sigil_policy.policies.scopes import Scopes
 from sigil_policy.policies.timeout import Timeout
 from sigil_policy.policies.versioning import Deprecation, Versioning
-from sigil_policy.testing import FrozenClock, drive
+from sigil_policy.testing import FrozenClock, assert_problem, drive
 from sigil_policy.testing.marks import check_app
 
 pytestmark = pytest.mark.anyio
@@ -390,6 +391,27 @@ async def test_an_endpoint_whose_marks_nobody_understands_does_not_run(marks: An
     sent = await drive(app, "GET", "/run", raise_errors=False)
     assert sent.messages == [] or sent.status == 500
     assert await ask(app, "/free") == 200
+
+
+@pytest.mark.parametrize("marks", [{"cost": 2}, {"cache": "max-age=x"}], ids=["nobody understands", "cannot be read"])
+async def test_what_is_wrong_with_marks_is_answered_and_logged_like_any_error(marks: Any) -> None:
+    """It stands in the place of the application: every policy sees it, from Problems to the access log."""
+    events: list[Any] = []
+    logger = structlog.wrap_logger(None, processors=[lambda _, __, event: events.append(event)])
+    around = [RequestID(), AccessLog(logger=logger), Problems(), CacheControl()]
+    sent = await drive(PolicyStack(marked_app(**marks), around), "GET", "/run", raise_errors=False)
+    assert isinstance(sent.error, MarksIgnoredError | ValueError)
+    assert_problem(sent, "SRV_500")
+    assert sent.header("x-request-id")
+    assert [(event["outcome"], event["status"]) for event in events] == [("error", 500)]
+    assert str(sent.error) not in sent.body.decode()
+
+
+async def test_a_refusal_does_not_hide_that_rules_could_not_be_read() -> None:
+    """Who refuses has not seen the rules: an endpoint that everybody may call would seem to be closed."""
+    app = mounted(marked_app(public=True, cost=2), Scopes())
+    sent = await drive(app, "GET", "/run", raise_errors=False)
+    assert (sent.status, type(sent.error)) == (500, MarksIgnoredError)
 
 
 def test_a_server_with_lifespan_does_not_start() -> None:
