@@ -125,6 +125,17 @@ class Inlet:
         return replay
 
 
+async def _over() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def _over_for_socket() -> Message:
+    return {"type": "websocket.disconnect", "code": 1005, "reason": ""}
+
+
+_OVER: Mapping[str, Receive] = {"http": _over, "websocket": _over_for_socket}
+
+
 def _are_lower_case(names: Iterable[bytes]) -> bool:
     """Whether no name has an upper-case letter. Names that were seen once are remembered, up to a bound."""
     for name in names:
@@ -221,9 +232,11 @@ class Exchange(dict[type, Any]):
         return message
 
     def close(self) -> None:
-        """The exchange is over. The scope that holds it is let go: a cycle would wait for the garbage collector."""
+        """The exchange is over. The scope, in which it is, and the server, which has that scope, are let go: a cycle
+        would wait for the garbage collector. Whoever still receives hears that the client has left."""
         self.finished = True
         self._scope = self._outer_scope = {}
+        self._receive = _OVER[self.kind]
 
     # --- facts and notes -------------------------------------------------------------------------------------------
 

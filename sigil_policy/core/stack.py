@@ -225,7 +225,9 @@ class PolicyStack:
             if error is not None:
                 raise error
         finally:
-            del error, unmatched  # else an exception and this frame would hold each other
+            # Else an exception and this frame would hold each other, and so would the two sides of a WebSocket.
+            del error, unmatched
+            passing.socket = None
             if outermost:
                 ex.close()
                 try:  # noqa: SIM105  `suppress` costs half a microsecond
