@@ -2,6 +2,7 @@
 
 sent = await drive(served(app))
 with on_uvicorn(app, http="h11") as port: ...
+with held_port() as port: subprocess.Popen([..., "--port", str(port)])
 """
 
 import contextlib
@@ -27,8 +28,19 @@ def on_uvicorn(app: Any, **options: Any) -> Iterator[int]:
             yield listening.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(60)
     assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port for a uvicorn that is started as a process, and for nobody else until the block ends: it is bound here,
+    where nobody listens, and shared with who reuses addresses (SO_REUSEADDR), as asyncio's servers do."""
+    with socket.socket() as holding:
+        # First alone, so that it is a port that no other block holds.
+        holding.bind(("127.0.0.1", 0))
+        holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield holding.getsockname()[1]
 
 
 def served(app: Any) -> Any:

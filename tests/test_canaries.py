@@ -130,7 +130,7 @@ def outcome(tmp_path_factory) -> str:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.canaries", "-p", "no:cacheprovider", "-rA", "-c", os.devnull,
          "--rootdir", file.parent, file.name],
-        cwd=file.parent, capture_output=True, text=True, timeout=120, check=False,
+        cwd=file.parent, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return ran.stdout

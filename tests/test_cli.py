@@ -90,7 +90,10 @@ def ask(store: str, *keys: str) -> list[str]:
     """What a server answers that has just been started."""
 
     async def answers() -> list[str]:
-        stack = PolicyStack(whoami, policies=[ApiKeyAuth(store=open_key_store(store), pepper=SecretStr(PEPPER))])
+        stack = PolicyStack(
+            whoami,
+            policies=[ApiKeyAuth(store=open_key_store(store, deadline=60), pepper=SecretStr(PEPPER), deadline=60)],
+        )
         sent = [await drive(stack, headers={"x-api-key": key}) for key in keys]
         await stack.aclose()
         return [one.body.decode() if one.status == 200 else str(one.status) for one in sent]

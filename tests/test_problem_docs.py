@@ -1,5 +1,6 @@
 """The pages of the problem types: every `type` leads to one."""
 
+import math
 import re
 import time
 from html.parser import HTMLParser
@@ -285,12 +286,13 @@ async def test_an_index_in_many_languages_is_made_quickly_whoever_asks() -> None
     """0.2 ms is how long an event loop may stand still; one language was looked up anew for each type."""
     messages = {tag: {kind.code: kind.title for kind in registered_types()} for tag in ("de", "fr", "ja", "zh-Hant")}
     app = ProblemDocs(messages=messages)
-    taken = {}
-    for field in ("", "x-" * 500 + "x", ",".join(["aa-bb-cc-dd-ee-ff-gg-hh-ii-jj"] * 32)):
-        times = []
-        for _ in range(9):
+    taken = dict.fromkeys(("", "x-" * 500 + "x", ",".join(["aa-bb-cc-dd-ee-ff-gg-hh-ii-jj"] * 32)), math.inf)
+    # The least of each, in turns: what holds the machine up holds up all of them, or is over in a later round.
+    for turn in range(90):
+        for field, least in taken.items():
             began = time.thread_time()
             await drive(app, headers={"accept-language": field})
-            times.append(time.thread_time() - began)
-        taken[field] = min(times)
+            taken[field] = min(least, time.thread_time() - began)
+        if turn >= 8 and max(taken.values()) < 3 * taken[""]:
+            break
     assert max(taken.values()) < 3 * taken[""]

@@ -483,7 +483,7 @@ def test_stacks_fuse_under_sentry_which_sees_the_error_once() -> None:
     """sentry-sdk patches Starlette and every middleware class for good: so in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", textwrap.dedent(SENTRY)],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -27,12 +27,15 @@ pytestmark = pytest.mark.anyio
 
 
 class Ends(Policy):
-    """Closes every connection at its check number `count`; checks are `every` seconds apart."""
+    """Closes every connection at its check number `count` after `when`; checks are `every` seconds apart."""
 
     count: int = 1
     every: float = 0.0
+    when: Any = None
 
     def on_check(self, ex: Exchange) -> Close | float:
+        if self.when is not None and not self.when.is_set():
+            return self.every
         asked = (ex.note(self) or 0) + 1
         ex.keep(self, asked)
         return Close(4401, "the credential has ended") if asked >= self.count else self.every
@@ -80,6 +83,7 @@ def accepting(*then: Any) -> Any:
     return app
 
 
+PATIENT: Any = {"proxy": None, "open_timeout": 60}
 IMPLEMENTATIONS = pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
 
 
@@ -87,23 +91,25 @@ IMPLEMENTATIONS = pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"]
 def test_an_idle_connection_is_closed_when_its_time_has_come(ws: str) -> None:
     seen: list[Any] = []
     heard: list[Any] = []
+    idle = threading.Event()
 
     async def echo(websocket: WebSocket) -> None:
         await websocket.accept()
         try:
             while True:
                 await websocket.send_text(await websocket.receive_text())
+                idle.set()
         except Exception as error:
             heard.append(error)
             raise
 
     app = Starlette(routes=[WebSocketRoute("/", echo)])
-    app.add_middleware(PolicyStack, policies=[Outcome(seen=seen), Ends(count=3, every=0.05)])
-    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", proxy=None) as client:
+    app.add_middleware(PolicyStack, policies=[Outcome(seen=seen), Ends(count=3, every=0.05, when=idle)])
+    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", **PATIENT) as client:
         client.send("hello")
-        assert client.recv(timeout=5) == "hello"
+        assert client.recv(timeout=60) == "hello"
         with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=5)
+            client.recv(timeout=60)
     assert closed.value.rcvd is not None
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4401, "the credential has ended")
     assert [error.code for error in heard] == [4401]
@@ -123,11 +129,11 @@ def test_no_message_is_lost_however_often_somebody_is_asked(ws: str) -> None:
     app = Starlette(routes=[WebSocketRoute("/", echo)])
     app.add_middleware(PolicyStack, policies=[Ends(count=1_000_000, every=0.0), Never()])
     pauses = threading.Event()
-    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", proxy=None) as client:
+    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", **PATIENT) as client:
         for burst in range(60):
             for number in range(5):
                 client.send(f"{burst} {number}")
-            assert [client.recv(timeout=5) for _ in range(5)] == [f"{burst} {number}" for number in range(5)]
+            assert [client.recv(timeout=60) for _ in range(5)] == [f"{burst} {number}" for number in range(5)]
             pauses.wait(0.001 * (burst % 16))
 
 
@@ -140,18 +146,18 @@ def test_a_message_that_is_refused_is_answered_and_the_connection_goes_on(ws: st
 
     app = Starlette(routes=[WebSocketRoute("/", echo)])
     app.add_middleware(PolicyStack, policies=[Never()])
-    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", proxy=None) as client:
+    with on_uvicorn(app, ws=ws) as port, connect(f"ws://127.0.0.1:{port}/", **PATIENT) as client:
         for text in ("one", "never", "two"):
             client.send(text)
-        assert client.recv(timeout=5) == "one"
-        answer = json.loads(client.recv(timeout=5))
+        assert client.recv(timeout=60) == "one"
+        answer = json.loads(client.recv(timeout=60))
         assert answer["type"] == "error"
         assert answer["data"]["error_message"] == answer["data"]["detail"] == "not that often"
         assert (answer["data"]["error_code"], answer["data"]["retry_after"]) == ("RATE_001", 3)
-        assert client.recv(timeout=5) == "two"
+        assert client.recv(timeout=60) == "two"
         client.send("over")
         with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=5)
+            client.recv(timeout=60)
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 4000
 
@@ -162,10 +168,10 @@ def test_the_subprotocol_that_a_policy_chooses_is_the_one_the_client_gets(ws: st
     app = PolicyStack(accepting("hi"), [Chooses()])
     with (
         on_uvicorn(app, ws=ws) as port,
-        connect(f"ws://127.0.0.1:{port}/", subprotocols=["sigil.bearer"], proxy=None) as client,
+        connect(f"ws://127.0.0.1:{port}/", subprotocols=["sigil.bearer"], **PATIENT) as client,
     ):  # type: ignore[list-item]
         assert client.subprotocol == "sigil.bearer"
-        assert client.recv(timeout=5) == "hi"
+        assert client.recv(timeout=60) == "hi"
 
 
 async def test_what_the_application_has_chosen_is_seen_and_kept() -> None:
@@ -269,7 +275,7 @@ async def test_two_tasks_of_an_application_end_one_connection_once() -> None:
             tasks.start_soon(listen)
             tasks.start_soon(talk)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         sent = await drive(PolicyStack(both, [Slow(count=4, every=0.02)], clock=clock), kind="websocket")
     assert [message["type"] for message in sent.messages].count("websocket.close") == 1
     assert sent.messages[-1]["type"] == "websocket.close"

@@ -333,7 +333,7 @@ async def test_foreign_middleware_in_between_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
-@pytest.mark.parametrize("pause", [0, 30], ids=["a busy stream", "a stream that is waiting"])
+@pytest.mark.parametrize("pause", [0, 300], ids=["a busy stream", "a stream that is waiting"])
 def test_on_a_real_server_the_client_reads_a_whole_response_and_the_generator_stops(http: str, pause: float) -> None:
     """No protocol error at the client, the connection can be used again, and nothing goes on producing."""
     closed = threading.Event()
@@ -352,11 +352,11 @@ def test_on_a_real_server_the_client_reads_a_whole_response_and_the_generator_st
 
     app = Starlette(routes=[Route("/", endpoint)])
     app.add_middleware(PolicyStack, policies=[Watches(chunks=[], endings=endings), After(count=3, waiting=1)])
-    with on_uvicorn(app, http=http) as port, httpx2.Client(trust_env=False, timeout=10) as client:
+    with on_uvicorn(app, http=http) as port, httpx2.Client(trust_env=False, timeout=60) as client:
         for _ in range(2):
             closed.clear()
             with client.stream("GET", f"http://127.0.0.1:{port}/") as response:
                 assert response.headers["transfer-encoding"] == "chunked"
                 assert b"".join(response.iter_raw()) == EXPECTED
-            assert closed.wait(5)
+            assert closed.wait(60)
     assert [ending[:2] for ending in endings] == [("refused", "After")] * 2

@@ -25,7 +25,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "examples.sigil_api", *map(str, arguments)],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=60,
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(home):
     started = Server(home)
-    with httpx2.Client(base_url=started.url(), trust_env=False, timeout=10) as client:
+    with httpx2.Client(base_url=started.url(), trust_env=False, timeout=60) as client:
         started.client = client
         yield started
     started.stop()
@@ -110,9 +110,9 @@ def test_other_events_are_json_on_standard_error(home):
         greeting.append(started.stdout.readline())
     url = greeting[0].split()[5]
     token = home.mint_token(subject="gus", tier="gold", scopes=["agents:read"])
-    status = httpx2.get(f"{url}/v7/agents", headers=bearer(token), trust_env=False).status_code
+    status = httpx2.get(f"{url}/v7/agents", headers=bearer(token), trust_env=False, timeout=60).status_code
     started.terminate()
-    exchanges, others = (output.splitlines() for output in started.communicate(timeout=20))
+    exchanges, others = (output.splitlines() for output in started.communicate(timeout=60))
     assert (status, [json.loads(line)["tier"] for line in exchanges]) == (200, ["free"])
     assert [json.loads(line)["event"] for line in others] == ["rate_limit_tier_unknown"]
 
@@ -126,7 +126,7 @@ def test_ctrl_c_ends_the_server_quietly(home):
     while started.stdout.readline() != "One JSON line per exchange:\n":
         assert started.poll() is None
     started.send_signal(signal.SIGINT)
-    _, complaints = started.communicate(timeout=20)
+    _, complaints = started.communicate(timeout=60)
     assert (started.returncode, complaints) == (0, "")
 
 
@@ -199,7 +199,7 @@ def test_a_database_file_survives_the_server(home, tmp_path):
     for status in (201, 409):
         started = Server(home, "--db", str(database))
         try:
-            with httpx2.Client(base_url=started.url(), trust_env=False) as client:
+            with httpx2.Client(base_url=started.url(), trust_env=False, timeout=60) as client:
                 body = {"name": "lasting", "stratum": "RAI", "description": "Lasts"}
                 assert client.post("/v7/agents", headers=bearer(token), json=body).status_code == status
         finally:

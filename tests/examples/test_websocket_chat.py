@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import httpx2
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+
+from tests.served import held_port
 
 FILE = Path(__file__).resolve().parents[2] / "examples" / "websocket_chat.py"
 
@@ -24,7 +27,7 @@ class Chat:
     def __init__(self, port: int, printed: str) -> None:
         self.origin = f"http://localhost:{port}"
         self.tokens = dict(re.findall(r"^(\w+): http://localhost:\d+/#(\S+)$", printed, re.MULTILINE))
-        self.client = httpx2.Client(base_url=self.origin, timeout=20)
+        self.client = httpx2.Client(base_url=self.origin, timeout=60)
 
     def post(self, who: str = "ada", **headers: str) -> httpx2.Response:
         sent = {"authorization": f"Bearer {self.tokens[who]}", "origin": self.origin, **headers}
@@ -36,7 +39,7 @@ class Chat:
     def open(self, ticket: str | None = None, *, origin: Any = "", **options: Any) -> ClientConnection:
         query = "" if ticket is None else f"?ticket={ticket}"
         url = self.origin.replace("http", "ws") + "/chat" + query
-        return connect(url, origin=self.origin if origin == "" else origin, open_timeout=20, proxy=None, **options)
+        return connect(url, origin=self.origin if origin == "" else origin, open_timeout=60, proxy=None, **options)
 
     def refusal(self, *args: Any, **options: Any) -> tuple[int, Any]:
         with pytest.raises(InvalidStatus) as caught:
@@ -46,15 +49,14 @@ class Chat:
 
 @pytest.fixture(scope="module")
 def chat() -> Iterator[Chat]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = ExitStack()
+    port = held.enter_context(held_port())
     command = [sys.executable, str(FILE), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:
         printed = "".join(process.stdout.readline() for _ in range(2))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -65,19 +67,20 @@ def chat() -> Iterator[Chat]:
             yield running
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()
+        held.close()
 
 
 def test_two_people_talk(chat: Chat) -> None:
     with chat.open(chat.buy("ada")) as ada, chat.open(chat.buy("grace")) as grace:
         ada.send("hello")
-        assert (ada.recv(20), grace.recv(20)) == ("ada: hello", "ada: hello")
+        assert (ada.recv(60), grace.recv(60)) == ("ada: hello", "ada: hello")
         grace.send("hi")
-        assert (ada.recv(20), grace.recv(20)) == ("grace: hi", "grace: hi")
+        assert (ada.recv(60), grace.recv(60)) == ("grace: hi", "grace: hi")
     with chat.open(chat.buy("ada")) as ada:
         ada.send("still there?")
-        assert ada.recv(20) == "ada: still there?"
+        assert ada.recv(60) == "ada: still there?"
 
 
 def test_the_answer_is_for_nobody_to_keep(chat: Chat) -> None:
@@ -100,7 +103,7 @@ def test_a_ticket_travels_as_a_pair_of_subprotocols(chat: Chat) -> None:
         assert ada.subprotocol == "chat.ticket"
         assert ada.response is not None and ticket not in str(ada.response.headers)
         ada.send("hello")
-        assert ada.recv(20) == "ada: hello"
+        assert ada.recv(60) == "ada: hello"
     assert chat.refusal(subprotocols=["chat.ticket", ticket]) == (401, "AUTH_009")
     assert chat.refusal(subprotocols=["chat.ticket"]) == (400, "AUTH_003")
     with chat.open(chat.buy(), subprotocols=["other"]) as ada:
@@ -122,7 +125,7 @@ def test_nobody_gets_in_without_one(chat: Chat) -> None:
     headers = {"Authorization": f"Bearer {chat.tokens['ada']}"}
     with chat.open(origin=None, additional_headers=headers) as program:
         program.send("from a program")
-        assert program.recv(20) == "ada: from a program"
+        assert program.recv(60) == "ada: from a program"
     assert chat.refusal(chat.buy(), additional_headers=headers) == (400, "AUTH_006")
 
 

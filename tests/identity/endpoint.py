@@ -68,4 +68,5 @@ class Endpoint:
         if "access_token" not in options:
             options = {"client_id": "sigil-api", "client_secret": SecretStr(SECRET), **options}
         defaults = {"url": ENDPOINT, "issuer": URL, "audience": AUDIENCE, "leeway": 0, "transport": self.transport()}
+        defaults["deadline"] = 30  # real seconds, that a machine which stands still does not end
         return Introspection(**{**defaults, **options})

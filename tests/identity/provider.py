@@ -82,7 +82,9 @@ class Provider:
         return Transport(self.handle)
 
     def keys(self, url: str | None = JWKS_URL, **options) -> KeySet:
-        return KeySet(url, **{"transport": self.transport(), "lifetime": 600, "cool_down": 30, "burst": 3, **options})
+        # The deadline is of real seconds: a machine that stands still does not end a fetch.
+        defaults = {"transport": self.transport(), "lifetime": 600, "cool_down": 30, "burst": 3, "deadline": 30}
+        return KeySet(url, **{**defaults, **options})
 
     def issuer(self, url: str | None = JWKS_URL, *, issuer: dict | None = None, **options) -> Issuer:
         return Issuer(url=self.url, audience=AUDIENCE, keys=self.keys(url, **options), leeway=0, **(issuer or {}))

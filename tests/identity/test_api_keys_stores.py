@@ -86,11 +86,11 @@ async def store(place: tuple[str, str], clock: FrozenClock, tmp_path: Path, requ
     if kind == "redis":
         server = request.getfixturevalue("valkey")
         server.client.flushall()
-        made: Any = RedisApiKeyStore(server.url, clock=clock, deadline=5.0)
+        made: Any = RedisApiKeyStore(server.url, clock=clock, deadline=30.0)
         yield made
         await made.aclose()
     elif kind == "sqlite":
-        yield SqliteApiKeyStore(tmp_path / "keys.db", clock=clock, deadline=5.0)
+        yield SqliteApiKeyStore(tmp_path / "keys.db", clock=clock, deadline=30.0)
     elif kind == "file":
         yield FileApiKeyStore(tmp_path / "keys.jsonl", clock=clock)
     else:
@@ -275,7 +275,7 @@ def test_what_cannot_list_and_change_is_no_ledger() -> None:
 
 async def last_used(store: Any, key_id: str, expected: float | None) -> None:
     """It is written in the background: wait for it."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while True:
             (record,) = [record for record in await store.records() if record.id == key_id]
             if record.last_used == expected:
@@ -325,7 +325,7 @@ async def test_uses_that_gather_are_bounded(clock: FrozenClock, tmp_path: Path) 
 
 async def test_no_use_writes_more_than_one_batch(valkey: Server, clock: FrozenClock) -> None:
     valkey.client.flushall()
-    store = RedisApiKeyStore(valkey.url, clock=clock, deadline=5.0)
+    store = RedisApiKeyStore(valkey.url, clock=clock, deadline=30.0)
     records = [make() for _ in range(450)]
     for record in records:
         await store.save(record)
@@ -347,7 +347,7 @@ async def test_no_use_writes_more_than_one_batch(valkey: Server, clock: FrozenCl
 async def test_uses_that_could_not_be_written_are_written_later(clock: FrozenClock, tmp_path: Path) -> None:
     path, record = tmp_path / "keys.db", make()
     store = SqliteApiKeyStore(path, clock=clock, deadline=0.01)
-    await store.save(record)
+    await store.save(record)  # it waits for that long only where somebody else has locked the file
     locker = sqlite3.connect(path, isolation_level=None)
     locker.execute("BEGIN EXCLUSIVE")
     with structlog.testing.capture_logs() as lines:
@@ -366,7 +366,8 @@ class Gated(RemoteApiKeyStore):
     """A server that answers when it is told to."""
 
     def __init__(self, *records: ApiKeyRecord, **options: Any) -> None:
-        super().__init__(**options)
+        # Real seconds: a machine that stands still does not end a look-up.
+        super().__init__(**{"deadline": 60, **options})
         self.here = {record.id: record for record in records}
         self.trips = 0
         self.gate = anyio.Event()
@@ -405,20 +406,26 @@ class TestRemembering:
 
     async def test_one_asks_again_and_the_others_go_on_until_the_deadline(self, place: Any, clock: FrozenClock) -> None:
         record = make()
-        store = Gated(record, clock=clock, fresh_for=5, deadline=0.5)
+        store = Gated(record, clock=clock, fresh_for=5, deadline=60)
         await found(store, record.id)
         clock.advance(5)
         store.gate = anyio.Event()
+        let_in = []
+
+        async def late() -> None:
+            let_in.append(await found(store, record.id))
+
         async with anyio.create_task_group() as group:
             group.start_soon(found, store, record.id)
             await anyio.wait_all_tasks_blocked()
             assert store.find(record.id) == record
-            clock.advance(0.5)
-            with anyio.move_on_after(0.01):
-                await found(store, record.id)
-                pytest.fail("let in on what was too old")
+            clock.advance(60)
+            group.start_soon(late)
+            await anyio.wait_all_tasks_blocked()
+            assert not let_in, "let in on what was too old"
             assert store.trips == 3
             store.gate.set()
+        assert let_in == [record]
 
     async def test_who_leaves_while_asking_leaves_it_to_the_next(self, place: Any, clock: FrozenClock) -> None:
         record = make()
@@ -491,7 +498,7 @@ class TestRemembering:
 
 async def test_a_database_is_its_owners_alone_and_holds_no_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.db"
-    plain, record = await ApiKeys(SqliteApiKeyStore(path), pepper=PEPPER).new("job")
+    plain, record = await ApiKeys(SqliteApiKeyStore(path, deadline=30), pepper=PEPPER).new("job")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     content = path.read_bytes()
     assert record.digest.encode() in content
@@ -514,7 +521,7 @@ async def test_a_database_that_is_only_read_serves(tmp_path: Path) -> None:
     record = make()
     await SqliteApiKeyStore(path).save(record)
     with only_read(path):
-        store = SqliteApiKeyStore(path)
+        store = SqliteApiKeyStore(path, deadline=30)
         assert await found(store, record.id) == record
 
 
@@ -544,10 +551,14 @@ async def test_a_database_that_is_locked_is_unavailable_in_time(tmp_path: Path) 
     await SqliteApiKeyStore(path).save(make())
     locker = sqlite3.connect(path, isolation_level=None)
     locker.execute("BEGIN EXCLUSIVE")
-    start = time.monotonic()
-    with pytest.raises(StoreUnavailableError):
-        await found(SqliteApiKeyStore(path, deadline=0.05), "a" * 12)
-    assert time.monotonic() - start < 2
+    for _ in range(3):
+        start = time.monotonic()
+        with pytest.raises(StoreUnavailableError):
+            await found(SqliteApiKeyStore(path, deadline=0.05), "a" * 12)
+        took = time.monotonic() - start
+        if took < 2:
+            break  # else the machine may have stood still: once more
+    assert took < 2
     locker.close()
 
 
@@ -557,7 +568,7 @@ async def test_a_database_that_is_locked_leaves_threads_for_others(place: Any, t
     await SqliteApiKeyStore(path).save(make())
     locker = sqlite3.connect(path, isolation_level=None)
     locker.execute("BEGIN EXCLUSIVE")
-    store = SqliteApiKeyStore(path, deadline=1.0, strays=1_000)
+    store = SqliteApiKeyStore(path, deadline=30.0, strays=1_000)
     unavailable = []
 
     async def look(number: int) -> None:
@@ -570,16 +581,23 @@ async def test_a_database_that_is_locked_leaves_threads_for_others(place: Any, t
         for number in range(60):
             group.start_soon(look, number)
         await anyio.wait_all_tasks_blocked()
-        with anyio.fail_after(0.8):
+        with anyio.fail_after(20):
             await anyio.to_thread.run_sync(time.monotonic)
         assert not unavailable
-    assert len(unavailable) == 60
+        locker.rollback()
+    assert not unavailable
+    locker.execute("BEGIN EXCLUSIVE")
+    store = SqliteApiKeyStore(path, deadline=0.5, strays=1_000)
+    async with anyio.create_task_group() as group:
+        for number in range(60, 120):
+            group.start_soon(look, number)
+    assert len(unavailable) == 60, "those who had no thread, too"
     locker.close()
 
 
 async def test_a_row_that_is_no_record_is_unknown_and_reported_once(tmp_path: Path) -> None:
     path = tmp_path / "keys.db"
-    store = SqliteApiKeyStore(path, fresh_for=0)
+    store = SqliteApiKeyStore(path, fresh_for=0, deadline=30)
     good, bad = make(), make()
     for record in (good, bad):
         await store.save(record)
@@ -656,7 +674,7 @@ async def test_a_change_waits_for_the_one_that_another_process_is_about_to_write
 
 async def test_keys_in_a_server_are_in_one_slot_and_stay(valkey: Server) -> None:
     valkey.client.flushall()
-    link = RedisLink(valkey.url, deadline=5.0, connect_timeout=5.0)
+    link = RedisLink(valkey.url, deadline=30.0, connect_timeout=30.0)
     store, other = RedisApiKeyStore(link, prefix="shop"), RedisApiKeyStore(link)
     plain, record = await ApiKeys(store, pepper=PEPPER).new("job", lifetime=60)
     store.note_use(record.id)
@@ -672,7 +690,7 @@ async def test_keys_in_a_server_are_in_one_slot_and_stay(valkey: Server) -> None
 
 async def test_a_thousand_keys_are_listed_by_pages(valkey: Server) -> None:
     valkey.client.flushall()
-    store = RedisApiKeyStore(valkey.url, deadline=5.0)
+    store = RedisApiKeyStore(valkey.url, deadline=30.0)
     records = [make(created=NOW + number) for number in range(1_000)]
     await asyncio.gather(*(store.save(record) for record in records))
     before = valkey.calls("hscan")
@@ -683,7 +701,7 @@ async def test_a_thousand_keys_are_listed_by_pages(valkey: Server) -> None:
 
 async def test_what_is_no_record_in_a_server_is_unknown(valkey: Server) -> None:
     valkey.client.flushall()
-    store = RedisApiKeyStore(valkey.url, deadline=5.0)
+    store = RedisApiKeyStore(valkey.url, deadline=30.0)
     await store.save(make())
     for number, content in enumerate(["{", "[]", '{"digest": "canary"}', "\udcff".encode("utf-8", "surrogateescape")]):
         valkey.client.hset("sigil:1:k:{sigil}:records", f"{number:012}", content)

@@ -115,7 +115,7 @@ def canary():
     assert canary.asked == 0, "a URL in a token's header was asked"
     with socket.create_connection(("127.0.0.1", int(canary.url.split(":")[2].split("/")[0]))):
         pass
-    for _ in range(100):
+    for _ in range(6_000):
         if canary.asked:
             break
         threading.Event().wait(0.01)
@@ -137,7 +137,8 @@ def _issuer(held: str, source: str) -> Issuer:
         body = {"keys": [public_jwk(held, kid=KID, alg=held)]}
         transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json=body))
         # In time for every row: the first token makes the set be fetched.
-        return Issuer(url=URL, audience=AUDIENCE, keys=KeySet(f"{URL}/jwks.json", transport=transport, burst=10))
+        keys = KeySet(f"{URL}/jwks.json", transport=transport, burst=10, deadline=30)
+        return Issuer(url=URL, audience=AUDIENCE, keys=keys)
     if held in HS:
         jwk = {"kty": "oct", "k": b64(SECRET).decode(), "alg": held}
         key = Key(algorithm=held, secret=SecretStr(SECRET)) if source == "configured" else Key(jwk=jwk)

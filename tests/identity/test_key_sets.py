@@ -275,7 +275,7 @@ def http(body: bytes, *, length: int | None = None) -> bytes:
 async def from_wire(wire: Wire, caplog, **options) -> tuple[FetchedKeys, str, float]:
     async with anyio.create_task_group() as tasks:
         url = await tasks.start(wire.serve)
-        keys = KeySet(url, allow_insecure_loopback=True, **options)
+        keys = KeySet(url, allow_insecure_loopback=True, **{"deadline": 30, **options})
         issuer = Issuer(url=URL, audience=AUDIENCE, keys=keys)
         begun = time.monotonic()
         with suppress(KeysUnavailableError):
@@ -304,8 +304,11 @@ async def test_a_set_is_fetched_over_the_wire(caplog):
     ],
 )
 async def test_a_slow_provider_is_left_at_the_deadline(wire, caplog):
-    _, told, took = await from_wire(wire, caplog, deadline=0.3)
-    assert "no answer within 0.3 seconds" in told
+    for _ in range(3):
+        _, told, took = await from_wire(wire, caplog, deadline=0.3)
+        assert "no answer within 0.3 seconds" in told
+        if took < 2:
+            break  # else the machine may have stood still: once more
     assert took < 2
 
 
@@ -323,7 +326,7 @@ async def test_a_huge_answer_is_not_read(caplog):
 async def test_a_port_that_nobody_listens_on_is_a_failure(caplog, clock):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        keys = KeySet(f"http://127.0.0.1:{taken.getsockname()[1]}/", allow_insecure_loopback=True)
+        keys = KeySet(f"http://127.0.0.1:{taken.getsockname()[1]}/", allow_insecure_loopback=True, deadline=30)
         issuer = Issuer(url=URL, audience=AUDIENCE, keys=keys)
         assert "cannot be reached" in await failure(issuer.fetched, clock, caplog)
 
@@ -356,7 +359,7 @@ async def test_a_certificate_that_the_machine_does_not_trust_is_refused(trusted,
     plain = await anyio.create_tcp_listener(local_host="127.0.0.1")
     listener = TLSListener(plain, server, standard_compatible=False)
     port = plain.extra(anyio.abc.SocketAttribute.local_port)
-    options = {}
+    options = {"deadline": 30}
     if trusted:
         ours = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
         options["transport"] = httpx2.AsyncHTTPTransport(verify=ours)
@@ -763,7 +766,7 @@ def test_a_fetch_that_ended_with_its_event_loop_holds_nobody_up(clock):
         keys._flight = Flight()
 
     async def obtain() -> None:
-        with anyio.fail_after(2):
+        with anyio.fail_after(20):
             await keys.obtain(clock)
 
     anyio.run(leave_one_behind)

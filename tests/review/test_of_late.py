@@ -137,7 +137,7 @@ def test_however_often_a_body_is_read_the_application_gets_it_whole(
     incoming = incoming or [{"type": "http.request", "body": b"", "more_body": False}]
 
     async def run() -> Any:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             return await drive(stack, "POST", headers=CHUNKED, incoming=incoming)
 
     assert anyio.run(run).status == 204
@@ -161,10 +161,10 @@ class Reads(BaseHTTPMiddleware):
 @pytest.mark.parametrize("outer", [RequestID(), BodyLimit(limit=5)], ids=["unread", "read"])
 async def test_a_stack_behind_a_middleware_that_has_read_the_body_reads_it_too(first: bool, outer: Policy) -> None:
     app = PolicyStack(Reads(measuring(BodyLimit(limit=5)), first=first), [outer])
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         sent = await drive(app, "POST", headers=CHUNKED, body=[b"123", b"45"])
     assert (sent.status, sent.body) == (200, b"5")
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         sent = await drive(
             PolicyStack(Reads(measuring(BodyLimit(limit=4)), first=first), [outer]),
             "POST",
@@ -192,7 +192,7 @@ async def test_in_an_inner_stack_the_body_is_what_the_middleware_around_it_makes
         return serve
 
     app = PolicyStack(doubling(measuring(Asks(), Asks())), [Asks()])
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         sent = await drive(app, "POST", headers=CHUNKED, body=[b"123", b"45"])
     assert heard == [b"12345", b"1234512345", b"1234512345"]
     assert sent.body == b"10"

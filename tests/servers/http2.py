@@ -13,7 +13,7 @@ import h2.settings
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Event, TextMessage
 
-SECONDS = 10
+SECONDS = 60
 
 
 class Http2:

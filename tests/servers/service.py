@@ -153,7 +153,7 @@ app = PolicyStack(
             ],
         ),
         BodyLimit(limit=LARGEST),
-        RateLimit(tiers={"free": "10000/minute"}, limits={"GET /limited/{number}": "2/minute"}),
+        RateLimit(tiers={"free": "10000/minute"}, limits={"GET /limited/{number}": "2/day"}),
         Conditional(),
         Watched(),
     ],

@@ -157,7 +157,7 @@ def test_several_threads_never_exceed_the_limit_and_lose_no_place(twice: bool) -
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(200)
     assert len(most) == 4
     assert 1 <= max(most) <= 3
     assert len(store) == 0

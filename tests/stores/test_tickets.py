@@ -97,8 +97,11 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+# Small enough that every one of them may be written: no more than 32 doubles, and no more than 4 KiB.
 @given(
-    st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.none() | st.floats(0, 4e9), st.sets(st.text(max_size=9))
+    st.dictionaries(st.text(max_size=8), JSON, max_size=2),
+    st.none() | st.floats(0, 4e9),
+    st.sets(st.text(max_size=9), max_size=9),
 )
 def test_any_claims_come_back_as_they_were(claims: Any, expires: Any, scopes: Any) -> None:
     caller = Principal(subject="ann", scopes=frozenset(scopes), claims=claims, expires=expires, kind="api_key")
@@ -233,16 +236,18 @@ def test_of_many_threads_one_gets_the_ticket() -> None:
 
 def test_ten_thousand_tickets_that_end_at_once_stall_nobody() -> None:
     store = MemoryTickets()
+    usual, costs = [], []
     for number in range(10_000):
+        begin = time.thread_time()
         issue(store, f"x{number}", holder=str(number))
-    costs = []
+        usual.append(time.thread_time() - begin)
     for number in range(50):
         before, begin = len(store), time.thread_time()
         issue(store, f"y{number}", holder=f"y{number}", now=31)
         costs.append(time.thread_time() - begin)
         assert 0 < before - len(store) < 100, "some are forgotten each time, and never all at once"
     # Each forgets as many: what the quicker ones cost is the work, and the rest is a machine that is busy.
-    assert sorted(costs)[10] < 0.0002
+    assert sorted(costs)[10] < 200 * sorted(usual)[2_000]
 
 
 def test_nothing_is_shown_and_wrong_options_are_refused() -> None:

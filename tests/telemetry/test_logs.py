@@ -177,7 +177,7 @@ def test_a_writer_writes_the_lines_that_emit_writes(fields, encoder, monkeypatch
 
 def test_the_last_lines_of_a_writer_are_written_once_nobody_holds_it():
     out = io.BytesIO()
-    write = JSONLines(out, batch=3).writer("info", "exchange")
+    write = JSONLines(out, batch=3, seconds=60).writer("info", "exchange")
     gc.collect()
     write({"a": 1})
     write({"a": 2})
@@ -238,7 +238,7 @@ def test_a_batch_is_written_after_its_time():
     raw = Raw()
     log = JSONLines(raw, batch=100, seconds=0.01)
     log.info("a")
-    for _ in range(500):
+    for _ in range(6_000):
         if raw.written:
             break
         time.sleep(0.01)

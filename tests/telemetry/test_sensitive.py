@@ -162,13 +162,10 @@ HOSTILE = sorted({*(a + b for a, b in product(PIECES, ("", "=", '"', "\\", ":", 
 
 def test_time_grows_with_the_text_and_not_faster():
     """Every pair of pieces repeated to 20,000 characters; a quadratic rule would need minutes for one of them."""
-    slowest = 0.0
     for unit in HOSTILE:
         text = (unit * 20_000)[:20_000]
-        started = time.process_time()
-        RULES.scrub(text)
-        slowest = max(slowest, time.process_time() - started)
-    assert slowest < 0.5
+        # Any that is quick enough will do: what else the machine does is not counted.
+        assert any(_timed(text) < 0.5 for _ in range(5)), unit
 
 
 @pytest.mark.parametrize(
@@ -181,17 +178,17 @@ def test_time_grows_with_the_text_and_not_faster():
     ],
 )
 def test_twice_the_text_costs_about_twice(unit):
-    def cost(length):
-        text = (unit * length)[:length]
-        return min(_timed(text) for _ in range(5))
-
-    assert cost(80_000) < 4 * cost(40_000) + 0.005
+    """Four times costs about four times, and what grows with the square sixteen times; the bound is between the two."""
+    short, long = (unit * 20_000)[:20_000], (unit * 80_000)[:80_000]
+    # By turns, and the quickest of each: a machine that is slow for a while is slow for both.
+    taken = [(_timed(short), _timed(long)) for _ in range(7)]
+    assert min(cost for _, cost in taken) < 8 * min(cost for cost, _ in taken) + 0.002
 
 
 def _timed(text):
-    started = time.process_time()
+    started = time.thread_time()
     RULES.scrub(text)
-    return time.process_time() - started
+    return time.thread_time() - started
 
 
 def test_no_pattern_repeats_what_it_has_given_back():

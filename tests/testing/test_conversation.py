@@ -166,14 +166,18 @@ async def test_nothing_waits_for_ever() -> None:
     async def deaf(scope: Any, receive: Any, send: Any) -> None:
         await anyio.sleep_forever()
 
-    began = time.monotonic()
-    with pytest.raises(AssertionError, match=r"no websocket.accept came within 0.05 s; sent so far: \[\]"):
-        async with connect(deaf, timeout=0.05) as socket:
-            await socket.accepted()
-    with pytest.raises(AssertionError, match=r"has not ended within 0\.05 s"):
-        async with connect(deaf, timeout=0.05):
-            pass
-    assert time.monotonic() - began < 3
+    for _ in range(3):
+        began = time.monotonic()
+        with pytest.raises(AssertionError, match=r"no websocket.accept came within 0.05 s; sent so far: \[\]"):
+            async with connect(deaf, timeout=0.05) as socket:
+                await socket.accepted()
+        with pytest.raises(AssertionError, match=r"has not ended within 0\.05 s"):
+            async with connect(deaf, timeout=0.05):
+                pass
+        took = time.monotonic() - began
+        if took < 3:
+            break  # else the machine may have stood still: once more
+    assert took < 3
 
 
 async def test_what_came_instead_is_said() -> None:

@@ -52,7 +52,7 @@ async def test_stores_of_keys_in_files(kind: str, tmp_path: Any) -> None:
     if kind == "file":
         await check_store(lambda: FileApiKeyStore(tmp_path / "keys.jsonl"))
     else:
-        await check_store(lambda: SqliteApiKeyStore(str(tmp_path / "keys.db")))
+        await check_store(lambda: SqliteApiKeyStore(str(tmp_path / "keys.db"), deadline=60))
 
 
 def test_a_kind_is_known_by_what_a_store_can_do() -> None:

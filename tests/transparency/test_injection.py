@@ -187,7 +187,7 @@ def results(folder: Path, name: str, *paths: str, cwd: Path | None = None) -> di
         "PYTHONPATH": f"{Path(injection.__file__).parent}{os.pathsep}{ROOT}",
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-q", "-p", "anyio", "-p", "injection", "-p", "no:cacheprovider", *paths]
-    done = subprocess.run(command, cwd=cwd or folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd or folder, env=environment, capture_output=True, text=True, timeout=300)
     assert out.exists(), done.stdout + done.stderr
     found: dict[str, str] = json.loads(out.read_text())
     return found

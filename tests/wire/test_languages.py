@@ -61,10 +61,13 @@ def test_no_field_is_an_error(field: bytes) -> None:
 
 
 def test_a_huge_field_is_cheap() -> None:
-    field = b"de-" * 100_000 + b"," * 100_000
-    started = time.thread_time()
-    look_up(field, ("en",))
-    assert time.thread_time() - started < 0.05
+    taken = []
+    for number in range(5):  # what was looked up before is remembered
+        field = b"x%d," % number + b"de-" * 100_000 + b"," * 100_000
+        started = time.thread_time()
+        look_up(field, ("en",))
+        taken.append(time.thread_time() - started)
+    assert min(taken) < 0.02, "the quickest: what else the machine does is not counted"
 
 
 def test_a_member_that_is_cut_off_is_not_another_one() -> None:

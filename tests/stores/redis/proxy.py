@@ -51,6 +51,8 @@ class _Side(asyncio.Protocol):
         proxy = self.proxy
         if self.of_client:
             proxy.chunks.append(data)
+            proxy.trips += not proxy.asked
+            proxy.asked = True
             if self.other is None:
                 self.early.append(data)
             else:
@@ -69,6 +71,7 @@ class _Side(asyncio.Protocol):
             self._pass_on(len(self.late))
 
     def _pass_on(self, count: int = 1) -> None:
+        self.proxy.asked = False
         for _ in range(min(count, len(self.late))):
             self.other.transport.write(self.late.popleft())  # type: ignore[union-attr]
 
@@ -92,6 +95,9 @@ class Proxy:
         self.delay = 0.2
         self.accepted = 0
         self.chunks: list[bytes] = []
+        # Turns of asking: what is asked before an answer has come is of one trip.
+        self.trips = 0
+        self.asked = False
         self.sides: set[_Side] = set()
         self.port = 0
         self._tls = tls
@@ -127,6 +133,14 @@ class Proxy:
     def cut_off(self) -> None:
         for side in self.sides.copy():
             side.transport.abort()
+
+    async def renew(self) -> None:
+        """As it was at first, at the same port."""
+        self.refuse()
+        await asyncio.sleep(0)
+        self.mode, self.delay, self.accepted = "pass", 0.2, 0
+        self.chunks.clear()
+        await self.listen()
 
     async def __aenter__(self) -> Self:
         await self.listen()

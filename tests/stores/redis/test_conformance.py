@@ -17,11 +17,12 @@ from sigil_policy.testing import FrozenClock, check_store, limit_store_checks
 from sigil_policy.testing.conformance import StoreCheck, store_checks, store_kind
 from sigil_policy.testing.stores import Check
 from tests.stores.redis.conftest import LimitsServer
+from tests.stores.redis.steady import steady
 
 pytestmark = pytest.mark.anyio
 
 # A store that is well may still be slow on a machine that is busy with other things.
-PATIENT = 1.0
+PATIENT = 30.0
 CLOCK = FrozenClock()
 STORES: dict[str, Callable[..., Any]] = {
     "slots": RedisSlots,
@@ -35,6 +36,10 @@ STORES: dict[str, Callable[..., Any]] = {
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+def patient(server: LimitsServer) -> RedisLink:
+    return RedisLink(server.url, deadline=PATIENT, connect_timeout=PATIENT)
 
 
 def passing(server: LimitsServer) -> Callable[[float], None]:
@@ -55,9 +60,10 @@ def passing(server: LimitsServer) -> Callable[[float], None]:
     [(kind, check) for kind in STORES for check in store_checks(kind)],
     ids=lambda value: str(value),
 )
+@steady()
 async def test_the_checks_of_every_store(kind: str, check: StoreCheck, limits_server: LimitsServer) -> None:
     def make() -> Any:
-        return STORES[kind](limits_server.url, deadline=PATIENT)
+        return STORES[kind](patient(limits_server))
 
     store = make()
     assert store_kind(store) == kind
@@ -68,9 +74,10 @@ async def test_the_checks_of_every_store(kind: str, check: StoreCheck, limits_se
 
 
 @pytest.mark.parametrize("kind", STORES)
+@steady()
 async def test_all_of_them_in_one_call_over_one_link(kind: str, limits_server: LimitsServer) -> None:
     """A link that other stores share is closed by each of them, and opens again."""
-    link = RedisLink(limits_server.url, deadline=PATIENT)
+    link = patient(limits_server)
     await check_store(lambda: STORES[kind](link), clock=CLOCK, advance=passing(limits_server))
     await link.aclose()
 
@@ -80,7 +87,7 @@ async def test_stores_of_limits_are_found_by_what_they_can_do(limits_server: Lim
 
     async def make() -> RedisLimits:
         await anyio.lowlevel.checkpoint()
-        return RedisLimits(limits_server.url, deadline=PATIENT)
+        return RedisLimits(patient(limits_server))
 
     await check_store(make, algorithm="gcra")
 
@@ -144,10 +151,10 @@ BROKEN: list[tuple[Callable[..., Any], str, str]] = [
 async def test_a_store_that_breaks_a_promise_is_told_which(
     make: Callable[..., Any], name: str, words: str, limits_server: LimitsServer
 ) -> None:
-    store = make(limits_server.url)
+    store = make(patient(limits_server))
     (check,) = [check for check in store_checks(store) if check.name == name]
     with pytest.raises(AssertionError, match=words):
-        await check(lambda: make(limits_server.url, deadline=PATIENT), clock=CLOCK, advance=passing(limits_server))
+        await check(lambda: make(patient(limits_server)), clock=CLOCK, advance=passing(limits_server))
 
 
 async def test_a_server_that_is_away_is_told_as_what_it_is(tmp_path: Any) -> None:

@@ -31,9 +31,14 @@ def server(running: Server) -> Server:
     return running
 
 
+def patient(server: Server) -> RedisLink:
+    """A store that is well may still be slow on a machine that is busy with other things."""
+    return RedisLink(server.url, deadline=30.0, connect_timeout=30.0)
+
+
 @pytest.fixture
 async def replays(server: Server) -> AsyncIterator[RedisReplays]:
-    made = RedisReplays(server.url, deadline=1.0)
+    made = RedisReplays(patient(server))
     yield made
     await made.aclose()
 
@@ -47,18 +52,17 @@ async def test_a_name_passes_once_in_one_trip(replays: RedisReplays, server: Ser
 
 
 async def test_an_entry_ends_by_itself(replays: RedisReplays, server: Server) -> None:
-    assert await replays.claim(b"a", 0.4, 0.0)
     assert await replays.claim(b"b", 60.0, 0.0)
-    keys = server.client.keys("*")
-    assert len(keys) == 2
-    assert all(0 < server.call("PTTL", key) <= 60_000 for key in keys)
+    assert await replays.claim(b"c", 90.0, 0.0)
+    assert sorted(-(-server.call("PTTL", key) // 30_000) for key in server.client.keys("*")) == [2, 3]
+    assert await replays.claim(b"a", 0.4, 0.0)
     await asyncio.sleep(0.45)
     assert await replays.claim(b"a", 60.0, 0.0)
     assert not await replays.claim(b"b", 60.0, 0.0)
 
 
 async def test_of_many_processes_exactly_one_has_it(server: Server) -> None:
-    stores = [RedisReplays(server.url, deadline=1.0) for _ in range(4)]
+    stores = [RedisReplays(patient(server)) for _ in range(4)]
     claims = [store.claim(b"%d" % number, 60.0, 0.0) for number in range(50) for store in stores]
     passed = await asyncio.gather(*claims)
     assert [sum(passed[index : index + 4]) for index in range(0, 200, 4)] == [1] * 50
@@ -67,8 +71,8 @@ async def test_of_many_processes_exactly_one_has_it(server: Server) -> None:
 
 
 async def test_keys_hold_no_name(replays: RedisReplays, server: Server) -> None:
-    secret = RedisReplays(server.url, digest_key=SecretStr("canary-key"), deadline=1.0)
-    other = RedisReplays(server.url, prefix="other", deadline=1.0)
+    secret = RedisReplays(patient(server), digest_key=SecretStr("canary-key"))
+    other = RedisReplays(patient(server), prefix="other")
     for store in (replays, secret, other):
         assert await store.claim(b"canary-name", 60.0, 0.0), "prefixes and keys are apart"
     found = " ".join(server.client.keys("*"))

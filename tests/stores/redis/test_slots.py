@@ -23,11 +23,14 @@ from sigil_policy.stores.redis.slots import RedisSlots
 from sigil_policy.stores.slots import Claim, Refusal, Slot
 from sigil_policy.testing import drive
 from tests.stores.redis.servers import Server, cluster, wait_until
+from tests.stores.redis.steady import steady
 
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[3]
 NOW = 0.0
+# A store that is well may still be slow on a machine that is busy with other things.
+PATIENT = 30.0
 
 
 @pytest.fixture
@@ -41,12 +44,12 @@ def server(limits_server: Any) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def slots_at(server: Any, *, deadline: float = 1.0, **options: Any) -> Any:
-    link = RedisLink(server.url, deadline=deadline)
+async def slots_at(server: Any, *, deadline: float = PATIENT, **options: Any) -> Any:
+    slots = RedisSlots(RedisLink(server.url, deadline=deadline, connect_timeout=max(deadline, 1.0)), **options)
     try:
-        yield RedisSlots(link, **options)
+        yield slots
     finally:
-        await link.aclose()
+        await slots.aclose()
 
 
 def claims(*pairs: tuple[str, int]) -> tuple[Claim, ...]:
@@ -63,7 +66,7 @@ def members(server: Any, slots: RedisSlots, key: str) -> int:
     return int(server.client.zcard(slots.redis_key(key)))  # type: ignore[arg-type]
 
 
-async def eventually(is_true: Callable[[], bool], within: float = 5.0) -> float:
+async def eventually(is_true: Callable[[], bool], within: float = 30.0) -> float:
     """Wait for it; returns how long it took."""
     start = time.monotonic()
     while not is_true():
@@ -94,14 +97,14 @@ async def test_all_or_nothing_in_one_trip(server: Any) -> None:
 
 async def test_keys_expire_name_nobody_and_are_on_one_node(server: Any) -> None:
     async with slots_at(server, prefix="shop") as slots:
-        await taken(slots, ("alice@example.com", 2), ("route \udcff {x}", 9), ttl=20.0)
+        await taken(slots, ("alice@example.com", 2), ("route \udcff {x}", 9), ttl=2_000.0)
         keys = server.client.keys()
         assert isinstance(keys, list) and len(keys) == 2
         for key in keys:
             assert b"alice" not in key
             assert key.startswith(b"shop:1:c:{shop}:")
             assert len(key) < 64
-            assert 19_000 < int(server.client.pttl(key)) <= 20_000  # type: ignore[arg-type]
+            assert 1_900_000 < int(server.client.pttl(key)) <= 2_000_000  # type: ignore[arg-type]
         link = slots.link
         secrets = (None, SecretStr("x"), SecretStr("y"))
         names = {RedisSlots(link, digest_key=secret).redis_key("a") for secret in secrets}
@@ -110,9 +113,9 @@ async def test_keys_expire_name_nobody_and_are_on_one_node(server: Any) -> None:
 
 async def test_a_key_lives_as_long_as_the_longest_slot_in_it(server: Any) -> None:
     async with slots_at(server) as slots:
-        await taken(slots, ("alice", 2), ttl=60.0)
+        await taken(slots, ("alice", 2), ttl=600.0)
         await taken(slots, ("alice", 2), ttl=2.0)
-        assert int(server.client.pttl(slots.redis_key("alice"))) > 55_000  # type: ignore[arg-type]
+        assert int(server.client.pttl(slots.redis_key("alice"))) > 500_000  # type: ignore[arg-type]
 
 
 async def test_what_has_expired_does_not_count_and_is_removed_little_by_little(server: Any) -> None:
@@ -143,6 +146,7 @@ def test_options_that_cannot_be_are_refused_and_no_secret_is_shown() -> None:
 # --- the heartbeat ----------------------------------------------------------------------------------------------------
 
 
+@steady()
 async def test_the_heartbeat_keeps_what_lasts_longer_than_the_ttl(server: Any) -> None:
     async with slots_at(server) as slots:
         slot = await taken(slots, ("alice", 1), ("route", 1), ttl=0.9)
@@ -155,14 +159,14 @@ async def test_the_heartbeat_keeps_what_lasts_longer_than_the_ttl(server: Any) -
 
 async def test_one_trip_renews_everything_and_no_task_is_made_for_a_request(server: Any) -> None:
     async with slots_at(server) as slots:
-        await taken(slots, ("warm", 1), ttl=0.6)
+        # So long that no beat of the timer falls into the count.
+        await taken(slots, ("warm", 1), ttl=600.0)
         tasks = asyncio.all_tasks()
-        held = [await taken(slots, (f"caller {number % 7}", 200), ("route", 1_000), ttl=0.6) for number in range(600)]
+        held = [await taken(slots, (f"caller {number % 7}", 200), ("route", 1_000), ttl=600.0) for number in range(600)]
         assert asyncio.all_tasks() <= tasks
         first = min(float(score) for _, score in server.client.zrange(slots.redis_key("route"), 0, -1, withscores=True))
         before = slots.link.counters.runs
-        await eventually(lambda: slots.link.counters.runs > before)
-        await asyncio.sleep(0.05)
+        await slots._heartbeat(600.0).renew()
         # 601 slots in parts of 100, written together.
         assert slots.link.counters.runs - before == 7
         scores = [score for _, score in server.client.zrange(slots.redis_key("route"), 0, -1, withscores=True)]
@@ -176,7 +180,7 @@ async def test_one_trip_renews_everything_and_no_task_is_made_for_a_request(serv
 async def test_a_process_that_is_idle_sends_nothing(server: Any) -> None:
     async with slots_at(server) as slots:
         slots.give_back(await taken(slots, ("alice", 1), ttl=0.15))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: slots._heartbeat(0.15)._timer is None)
         before = slots.link.counters.runs
         await asyncio.sleep(0.3)
         assert slots.link.counters.runs == before
@@ -299,6 +303,7 @@ async def test_a_take_that_is_cancelled_anywhere_leaves_no_slot(server: Any) -> 
         assert sum(len(heartbeat.open) for heartbeat in slots._heartbeats.values()) == 1
 
 
+@steady()
 async def test_a_take_that_is_given_up_is_undone_when_its_answer_comes(server: Any) -> None:
     async with slots_at(server, deadline=0.05) as slots:
         slots.give_back(await taken(slots, ("alice", 1)))
@@ -311,6 +316,7 @@ async def test_a_take_that_is_given_up_is_undone_when_its_answer_comes(server: A
         assert not any(heartbeat.open for heartbeat in slots._heartbeats.values())
 
 
+@steady()
 async def test_a_server_that_has_forgotten_learns_of_everything_in_flight(server: Any) -> None:
     async with slots_at(server) as slots:
         await taken(slots, ("alice", 2), ttl=0.3)
@@ -318,7 +324,7 @@ async def test_a_server_that_has_forgotten_learns_of_everything_in_flight(server
         assert held.in_flight == ()
         server.client.flushall()
         server.client.script_flush()
-        await eventually(lambda: members(server, slots, "alice") == 2, within=0.3)
+        await eventually(lambda: members(server, slots, "alice") == 2)
         assert await slots.take(claims(("alice", 2)), 0.3, NOW) == Refusal((2,), (0,))
         slots.give_back(held)
         await eventually(lambda: members(server, slots, "route") == 0)
@@ -349,15 +355,17 @@ from sigil_policy.stores.slots import Claim, Slot
 
 ENTER = Script("enter", "local n = redis.call('INCR', KEYS[1]) "
     "if n > tonumber(redis.call('GET', KEYS[2]) or '0') then redis.call('SET', KEYS[2], n) end "
-    "redis.call('INCR', KEYS[3]) return n")
+    "return redis.call('INCR', KEYS[3])")
 LEAVE = Script("leave", "return redis.call('DECR', KEYS[1])")
 url, task, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
 
 async def hammer(link, slots, claims, end):
-    while asyncio.get_running_loop().time() < end:
-        slot = await slots.take(claims, 15.0, 0.0)
+    admitted = 0
+    # For a while; and for longer, where a slow machine has not done much in it.
+    while asyncio.get_running_loop().time() < end or admitted < 400:
+        slot = await slots.take(claims, 60.0, 0.0)
         if isinstance(slot, Slot):
-            await link.run(ENTER, [b"inside", b"most", b"admitted"], [])
+            admitted = await link.run(ENTER, [b"inside", b"most", b"admitted"], [])
             await asyncio.sleep(0.0005)
             await link.run(LEAVE, [b"inside"], [])
             slots.give_back(slot)
@@ -365,13 +373,14 @@ async def hammer(link, slots, claims, end):
             await asyncio.sleep(0.001)
 
 async def main():
-    link = RedisLink(url, deadline=10.0, connect_timeout=10.0)
+    link = RedisLink(url, deadline=30.0, connect_timeout=30.0)
     slots = RedisSlots(link)
     if task == "hammer":
         claims = (Claim("alice", 5), Claim("route", 40))
         end = asyncio.get_running_loop().time() + seconds
         await asyncio.gather(*[hammer(link, slots, claims, end) for _ in range(16)])
-        await asyncio.sleep(0.05)
+        # What comes after it on the connection is run after what was given back.
+        await link.run(Script("last", "return 1"), [b"any"], [])
     else:
         for _ in range(3):
             assert isinstance(await slots.take((Claim("alice", 3),), seconds, 0.0), Slot)
@@ -392,17 +401,18 @@ async def test_four_processes_never_have_more_in_flight_than_the_limit(server: A
     processes = [worker(server, "hammer", 1.0) for _ in range(4)]
     try:
         for process in processes:
-            assert await asyncio.to_thread(process.wait, 60) == 0
+            assert await asyncio.to_thread(process.wait, 200) == 0
     finally:
         for process in processes:
             process.kill()
             process.communicate()
     assert int(server.client.get("most")) == 5  # type: ignore[arg-type]
     assert int(server.client.get("inside")) == 0  # type: ignore[arg-type]
-    assert int(server.client.get("admitted")) > 100  # type: ignore[arg-type]
+    assert int(server.client.get("admitted")) >= 400  # type: ignore[arg-type]
     assert server.client.keys("sigil:*") == [], "all were given back"
 
 
+@steady(others=True)
 async def test_what_a_killed_process_held_comes_free_after_the_ttl_and_not_before_it_dies(server: Any) -> None:
     ttl = 1.2
     process = worker(server, "hold", ttl)
@@ -430,7 +440,7 @@ async def test_what_a_killed_process_held_comes_free_after_the_ttl_and_not_befor
 
 
 async def test_event_loops_of_several_threads_share_a_store(server: Any) -> None:
-    link = RedisLink(server.url, deadline=5.0, connect_timeout=5.0)
+    link = RedisLink(server.url, deadline=PATIENT, connect_timeout=PATIENT)
     slots = RedisSlots(link)
     inside: list[int] = []
     most: list[int] = []
@@ -453,7 +463,7 @@ async def test_event_loops_of_several_threads_share_a_store(server: Any) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        await asyncio.to_thread(thread.join, 30)
+        await asyncio.to_thread(thread.join, 120)
     assert 1 <= max(most) <= 3
     assert members(server, slots, "alice") == 0
     assert members(server, slots, "other") == 3
@@ -521,6 +531,7 @@ async def test_a_request_that_is_cancelled_anywhere_leaves_no_slot(server: Any) 
         await eventually(lambda: not server.client.exists(address_key(slots)))
 
 
+@steady(others=True)
 async def test_a_store_that_goes_away_and_comes_back() -> None:
     """Degraded while it is away; then everything that is in flight counts, although the server has forgotten it."""
     with Server() as server:
@@ -548,7 +559,7 @@ async def test_a_store_that_goes_away_and_comes_back() -> None:
             await eventually(lambda: gate.inside == 4)
             server.start()
             await asyncio.to_thread(server.ready)
-            await eventually(lambda: slots.link.available, within=10)
+            await eventually(lambda: slots.link.available)
             await eventually(lambda: server.client.zcard(address_key(slots)) == 4, within=1)
             assert (await drive(modes["local"])).status == 429
             gate.opened.set()
@@ -557,15 +568,27 @@ async def test_a_store_that_goes_away_and_comes_back() -> None:
             assert (await drive(modes["local"])).header("ratelimit") == '"concurrency";r=3'
 
 
+ENDS = """
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('ZADD', KEYS[1], ARGV[1], id) end
+"""
+
+
 async def test_in_a_cluster_all_that_is_taken_together_is_on_one_node() -> None:
     with cluster() as nodes:
         url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes)
-        slots = RedisSlots(url, deadline=1.0)
-        first = await taken(slots, ("alice", 2), ("route", 1), ttl=0.3)
-        held = [await taken(slots, (f"caller {number}", 1), ("other route", 50), ttl=0.3) for number in range(20)]
-        await asyncio.sleep(0.5)
-        assert await slots.take(claims(("alice", 2), ("route", 1)), 0.3, NOW) == Refusal((1, 1), (1,)), "it was renewed"
+        slots = RedisSlots(RedisLink(url, deadline=PATIENT, connect_timeout=PATIENT))
+        first = await taken(slots, ("alice", 2), ("route", 1), ttl=600.0)
+        held = [await taken(slots, (f"caller {number}", 1), ("other route", 50), ttl=600.0) for number in range(20)]
         assert sorted(node.call("DBSIZE") for node in nodes) == [0, 0, 23]
+        (node,) = [node for node in nodes if node.call("DBSIZE")]
+        keys = node.client.keys("*")
+        soon = time.time() * 1_000 + 60_000
+        for key in keys:
+            node.call("EVAL", ENDS, 1, key, soon)
+        assert sum(node.call("ZCOUNT", key, f"({soon}", "+inf") for key in keys) == 0
+        await slots._heartbeat(600.0).renew()
+        assert sum(node.call("ZCOUNT", key, f"({soon}", "+inf") for key in keys) == 42, "all were renewed"
+        assert await slots.take(claims(("alice", 2), ("route", 1)), 600.0, NOW) == Refusal((1, 1), (1,))
         for slot in (first, *held):
             slots.give_back(slot)
         await asyncio.to_thread(wait_until, lambda: sum(node.call("DBSIZE") for node in nodes) == 0)

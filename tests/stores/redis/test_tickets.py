@@ -13,9 +13,12 @@ from sigil_policy.stores.redis.tickets import RedisTickets
 from sigil_policy.stores.tickets import Ticket, new_ticket, ticket_digest
 from tests.stores.redis.proxy import Proxy
 from tests.stores.redis.servers import Server, cluster
+from tests.stores.redis.steady import steady
 
 pytestmark = pytest.mark.anyio
 
+# A store that is well may still be slow on a machine that is busy with other things.
+PATIENT = 30.0
 SETS = {"sigil:1:tickets:{sigil}:ends", "sigil:1:tickets:{sigil}:names"}
 
 
@@ -39,14 +42,18 @@ def server(running: Server) -> Server:
 @pytest.fixture
 async def stores(server: Server) -> AsyncIterator[list[RedisTickets]]:
     """Of processes that know nothing of each other."""
-    made = [RedisTickets(server.url, deadline=1.0) for _ in range(2)]
+    made = [RedisTickets(patient(server.url)) for _ in range(2)]
     yield made
     for store in made:
         await store.aclose()
 
 
+def patient(url: str) -> RedisLink:
+    return RedisLink(url, deadline=PATIENT, connect_timeout=PATIENT)
+
+
 async def until(condition: Callable[[], Any]) -> None:
-    for _ in range(1_000):
+    for _ in range(6_000):
         if condition():
             return
         await asyncio.sleep(0.005)
@@ -95,12 +102,16 @@ async def test_a_ticket_ends_by_the_servers_clock(stores: list[RedisTickets], se
     assert server.client.zcard("sigil:1:tickets:{sigil}:ends") == server.client.zcard("sigil:1:tickets:{sigil}:names")
 
 
+# As if their time had passed, for all of them at once.
+ENDED = "for _, name in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('ZADD', KEYS[1], 1, name) end"
+
+
 async def test_what_has_ended_is_forgotten_some_at_a_time_and_counts_no_more(
     stores: list[RedisTickets], server: Server
 ) -> None:
-    await asyncio.gather(*(issue(stores[0], f"x{number}", holder=f"x{number}", ttl=0.8) for number in range(150)))
-    await issue(stores[0], "a", most=1, ttl=0.8)
-    await asyncio.sleep(0.85)
+    await asyncio.gather(*(issue(stores[0], f"x{number}", holder=f"x{number}") for number in range(150)))
+    await issue(stores[0], "a", most=1)
+    server.call("EVAL", ENDED, 1, "sigil:1:tickets:{sigil}:ends")
     assert await issue(stores[1], "b", most=1) == 0, "although there are others to be forgotten first"
     ends, names = (server.client.zcard(key) for key in sorted(SETS))
     assert 1 < ends == names < 100
@@ -110,8 +121,8 @@ async def test_what_has_ended_is_forgotten_some_at_a_time_and_counts_no_more(
 
 async def test_a_caller_has_so_many_in_all_processes_together(stores: list[RedisTickets]) -> None:
     one, other = stores
-    assert [await issue(store, f"a{n}", most=3, ttl=20 + n) for n, store in enumerate((one, other, one))] == [0, 0, 0]
-    assert 19 < await issue(other, "a3", most=3) <= 20, "until the first of them ends"
+    assert [await issue(store, f"a{n}", most=3, ttl=200 + n) for n, store in enumerate((one, other, one))] == [0, 0, 0]
+    assert 100 < await issue(other, "a3", most=3) <= 200, "until the first of them ends"
     assert await redeem(one, "a3") is None, "what was refused is no ticket"
     assert await issue(other, "b0", holder="bob", most=1) == 0
     assert await redeem(other, "a2") == b"a2"
@@ -119,8 +130,9 @@ async def test_a_caller_has_so_many_in_all_processes_together(stores: list[Redis
     assert await issue(one, "a5", most=3) > 0
 
 
+@steady()
 async def test_a_full_store_is_one_that_is_away(server: Server) -> None:
-    store = RedisTickets(server.url, deadline=1.0, max_tickets=2)
+    store = RedisTickets(patient(server.url), max_tickets=2)
     await issue(store, "a", ttl=0.5)
     await issue(store, "b", holder="bob")
     with pytest.raises(StoreUnavailableError, match="as many") as caught:
@@ -157,7 +169,7 @@ async def test_keys_name_nobody_and_every_key_has_an_end(stores: list[RedisTicke
 
 async def test_an_issue_that_nobody_waits_for_is_taken_back(server: Server) -> None:
     async with Proxy(server.port) as proxy:
-        store = RedisTickets(proxy.url, deadline=1.0)
+        store = RedisTickets(patient(proxy.url))
         await issue(store, "warm"), await redeem(store, "warm")
         proxy.mode, proxy.delay = "slow", 0.1
         task = asyncio.create_task(issue(store, "a", most=1))
@@ -171,6 +183,7 @@ async def test_an_issue_that_nobody_waits_for_is_taken_back(server: Server) -> N
         await store.aclose()
 
 
+@steady()
 async def test_a_redemption_that_nobody_hears_of_has_used_the_ticket(server: Server) -> None:
     async with Proxy(server.port) as proxy:
         store = RedisTickets(proxy.url, deadline=0.2)
@@ -180,15 +193,13 @@ async def test_a_redemption_that_nobody_hears_of_has_used_the_ticket(server: Ser
             await redeem(store, "a")
         proxy.mode = "pass"
         await store.aclose()
-    other = RedisTickets(server.url, deadline=1.0)
+    other = RedisTickets(patient(server.url))
     assert await redeem(other, "a") is None
     await other.aclose()
 
 
-async def test_a_server_that_is_away_is_said_to_be(server: Server) -> None:
-    with Server() as gone:
-        url = gone.url
-    store = RedisTickets(url, deadline=0.2)
+async def test_a_server_that_is_away_is_said_to_be() -> None:
+    store = RedisTickets("redis://127.0.0.1:1", deadline=0.2)
     for work in (issue(store, "a"), redeem(store, "a")):
         with pytest.raises(StoreUnavailableError):
             await work
@@ -197,7 +208,7 @@ async def test_a_server_that_is_away_is_said_to_be(server: Server) -> None:
 
 async def test_a_cluster_has_all_of_a_prefix_on_one_node() -> None:
     with cluster(2) as nodes:
-        store = RedisTickets("redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes), deadline=1.0)
+        store = RedisTickets(patient("redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes)))
         for number in range(5):
             assert await issue(store, str(number)) == 0
         assert [await redeem(store, str(number)) for number in range(5)] == [b"0", b"1", b"2", b"3", b"4"]

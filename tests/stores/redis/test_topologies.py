@@ -14,14 +14,13 @@ from structlog.testing import capture_logs
 from sigil_policy.stores.limits import StoreUnavailableError
 from sigil_policy.stores.redis.link import RedisLink, Script
 from sigil_policy.stores.redis.topology import slot_of
-from tests.stores.redis.proxy import Lag
-from tests.stores.redis.servers import Server, cluster, info, replicated, wait_until, watched
+from tests.stores.redis.servers import NODE_TIMEOUT, Server, cluster, info, replicated, wait_until, watched
 
 pytestmark = pytest.mark.anyio
 
 COUNT = Script("count", "return redis.call('incrby', KEYS[1], ARGV[1])")
 BOTH = Script("both", "return {redis.call('incr', KEYS[1]), redis.call('incr', KEYS[2])}")
-PATIENT = 5.0
+PATIENT = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def owns(node: Server, slot: int) -> bool:
     return any(start <= slot <= end and primary[1] == node.port for start, end, primary, *_ in rows)
 
 
-async def eventually(link: RedisLink, script: Script, keys: list[bytes], *args: Any, seconds: float = 20.0) -> float:
+async def eventually(link: RedisLink, script: Script, keys: list[bytes], *args: Any, seconds: float = 100.0) -> float:
     """Ask until there is a reply; returns how long that took."""
     began = time.monotonic()
     while True:
@@ -81,7 +80,8 @@ async def test_each_run_goes_to_the_node_of_its_key(nodes: list[Server], link: R
     # The map was right from the start, and each node got its script once.
     assert link.counters.redirected == 0
     assert link.counters.connections == 3
-    assert [len(node.clients()) for node in nodes] == [1, 1, 1]
+    # (A node may not have seen yet that another link has gone.)
+    await asyncio.to_thread(wait_until, lambda: [len(node.clients()) for node in nodes] == [1, 1, 1])
 
 
 async def test_keys_of_several_slots_in_one_run_are_an_error_that_is_reported(link: RedisLink) -> None:
@@ -169,7 +169,10 @@ async def test_a_map_that_is_out_of_date_is_corrected(nodes: list[Server], link:
     # and all else as soon as the map has been read.
     cluster_map.refresh = refresh
     assert cluster_map.refresh()
-    await asyncio.sleep(0.3)
+    end = time.monotonic() + 60
+    while cluster_map._task is not None:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
     asked = [link.run(COUNT, [b"{other caller %d}" % number], [1]) for number in range(100)]
     assert await asyncio.gather(*asked) == [1] * 100
     assert link.counters.redirected == redirected
@@ -196,21 +199,19 @@ async def test_a_cluster_that_is_down_is_away_until_it_is_whole(nodes: list[Serv
 
 
 async def test_a_node_that_fails_is_away_alone_and_its_replica_takes_over() -> None:
-    with cluster() as nodes, Server(cluster_enabled="yes", cluster_node_timeout=2000) as replica:
-        replica.call("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+    with cluster() as nodes, Server(cluster_enabled="yes", cluster_node_timeout=NODE_TIMEOUT) as replica:
+        for node in nodes:
+            replica.call("CLUSTER", "MEET", "127.0.0.1", node.port)
         victim = nodes[2]
         name = victim.call("CLUSTER", "MYID")
-        for _ in range(500):
-            try:
-                replica.call("CLUSTER", "REPLICATE", name)
-                break
-            except redis.ResponseError:
-                await asyncio.sleep(0.02)
-        for _ in range(500):
-            if replica.client.info("replication").get("master_link_status") == "up":
-                break
-            await asyncio.sleep(0.02)
-        link = RedisLink(address(nodes), deadline=0.25)
+        await asyncio.to_thread(wait_until, lambda: replica.call("CLUSTER", "REPLICATE", name))
+        await asyncio.to_thread(
+            wait_until, lambda: replica.client.info("replication").get("master_link_status") == "up"
+        )
+        # The others know of it too, and follow it once it has taken over.
+        for node in nodes:
+            await asyncio.to_thread(wait_until, lambda node=node: "cluster_known_nodes:4" in info(node))
+        link = RedisLink(address(nodes), deadline=PATIENT, connect_timeout=PATIENT)
         keys = [b"{caller %d}" % number for number in range(60)]
         mine = [key for key in keys if owns(victim, slot_of(key))]
         others = [key for key in keys if key not in mine]
@@ -219,21 +220,15 @@ async def test_a_node_that_fails_is_away_alone_and_its_replica_takes_over() -> N
         for key in (mine[0], others[0], others[1], others[2]):
             await eventually(link, COUNT, [key], 0)
         with capture_logs() as logs:
-            async with Lag() as lag:
-                victim.kill()
-                took = []
-                for _ in range(20):
-                    began = time.monotonic()
-                    answers = await asyncio.gather(
-                        *[link.run(COUNT, [key], [1]) for key in mine], return_exceptions=True
-                    )
-                    took.append(time.monotonic() - began)
-                    assert all(isinstance(answer, StoreUnavailableError) for answer in answers)
-                    await asyncio.gather(*[link.run(COUNT, [key], [1]) for key in others])
-                assert max(took) < 0.25 + 0.02 + 2 * lag.worst
-                assert sorted(took)[10] < 0.25, "only the first had to wait"
+            victim.kill()
+            for _ in range(20):
+                began = time.monotonic()
+                answers = await asyncio.gather(*[link.run(COUNT, [key], [1]) for key in mine], return_exceptions=True)
+                assert all(isinstance(answer, StoreUnavailableError) for answer in answers)
+                assert time.monotonic() - began < PATIENT / 2, "nobody waits for the deadline"
+                await asyncio.gather(*[link.run(COUNT, [key], [1]) for key in others])
             assert not link.available
-            # The cluster elects it after the node was silent for 2 s; here it is told to.
+            # The cluster elects it after the node was silent for some time; here it is told to.
             replica.call("CLUSTER", "FAILOVER", "TAKEOVER")
             await eventually(link, COUNT, [mine[0]], 1)
             await asyncio.gather(*[link.run(COUNT, [key], [1]) for key in keys])
@@ -261,7 +256,7 @@ async def test_a_primary_that_becomes_a_replica_is_left_for_the_one_that_its_nam
         link = RedisLink("redis://primary.internal:6379", deadline=PATIENT, connect_timeout=PATIENT)
         with capture_logs() as logs:
             assert await link.run(COUNT, [b"k"], [5]) == 5
-            primary.call("WAIT", 1, 1000)
+            assert primary.call("WAIT", 1, 20_000) == 1
             replica.call("REPLICAOF", "NO", "ONE")
             primary.call("REPLICAOF", "127.0.0.1", replica.port)
             current = replica
@@ -276,12 +271,15 @@ async def test_a_primary_that_becomes_a_replica_is_left_for_the_one_that_its_nam
 async def test_the_primary_that_sentinels_name_is_followed_when_it_fails() -> None:
     with replicated() as (primary, replica), watched("main", primary, replica) as sentinel:
         dead = "127.0.0.1:1"
-        link = RedisLink(f"redis+sentinel://{dead},127.0.0.1:{sentinel.port}/main/2", deadline=0.25)
+        url = f"redis+sentinel://{dead},127.0.0.1:{sentinel.port}/main/2"
+        link = RedisLink(url, deadline=PATIENT, connect_timeout=PATIENT)
         await eventually(link, COUNT, [b"k"], 7)
         assert primary.client.info("keyspace")["db2"]["keys"] == 1
-        primary.call("WAIT", 1, 1000)
+        assert primary.call("WAIT", 1, 20_000) == 1
         with capture_logs() as logs:
             primary.kill()
+            # Not earlier: it is not to be replaced because it stood still.
+            sentinel.call("SENTINEL", "SET", "main", "down-after-milliseconds", 500)
             await eventually(link, COUNT, [b"k"], 1)
             replica.call("SELECT", 2)
         assert replica.client.info("replication")["role"] == "master"
