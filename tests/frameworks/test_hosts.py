@@ -81,7 +81,7 @@ class Spy(Policy):
 def litestar_app() -> Any:
     @litestar.get("/plain/{name:str}", sync_to_thread=False)
     def plain(name: FromPath[str]) -> str:
-        return name
+        return f"plain {name}"
 
     @litestar.get("/open", sync_to_thread=False)
     @policy(public=True)
@@ -127,7 +127,7 @@ def quart_app() -> Any:
 
     @app.get("/plain/<name>")
     async def plain(name: str) -> str:
-        return name
+        return f"plain {name}"
 
     @app.get("/open")
     @policy(public=True)
@@ -202,7 +202,7 @@ def falcon_app() -> Any:
 
 
 async def plain_view(request: Any, name: str) -> HttpResponse:
-    return HttpResponse(name)
+    return HttpResponse(f"plain {name}")
 
 
 @policy(public=True)
@@ -258,7 +258,7 @@ def blacksheep_app() -> Any:
 
     @router.get("/plain/{name}")
     async def plain(name: str) -> str:
-        return name
+        return f"plain {name}"
 
     @router.get("/open")
     @policy(public=True)
