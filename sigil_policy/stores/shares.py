@@ -422,7 +422,7 @@ class QuotaShares:
             if decision.admitted:
                 # Meanwhile others may have spent what was held of the other windows, or those have ended.
                 if min(caller.held) >= cost and min(caller.until[: len(caller.held)]) > 0:
-                    return caller.spend(cost, max(caller.asked))
+                    return caller.spend(cost, decision.at)
                 continue
             left = decision.remaining[: len(missing)]
             if min(left) < cost:

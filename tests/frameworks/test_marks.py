@@ -391,7 +391,7 @@ async def test_an_endpoint_whose_marks_nobody_understands_does_not_run(marks: An
     with pytest.raises(MarksIgnoredError, match=next(iter(marks))):
         await drive(app, "GET", "/run")
     sent = await drive(app, "GET", "/run", raise_errors=False)
-    assert sent.messages == [] or sent.status == 500
+    assert sent.status == 500
     assert await ask(app, "/free") == 200
 
 
